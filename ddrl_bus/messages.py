@@ -1,0 +1,136 @@
+"""The vocabulary: what nodes say to each other, as frozen dataclasses of scalars; arrays ride beside them.
+
+`fields_of` makes the map that travels; `parse` reads it back and refuses what does not fit with a counted reason, so a
+node never sees a message of the wrong shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ddrl_bus.errors import WireError
+from ddrl_bus.transport.wire import Message
+
+Phase = Literal["run", "confirm", "drain"]
+NodeState = Literal["new", "starting", "running", "draining", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One unroll of one actor's vector env; `experience.UnrollSchema` lists its arrays.
+
+    `version` and `learner_epoch` name the weights that chose every action in it.
+    """
+
+    KIND: ClassVar[str] = "trajectory"
+    version: int
+    learner_epoch: int
+    returns: list[float]
+    """Undiscounted, unclipped returns of the episodes that ended in it."""
+    lengths: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A snapshot of a network's parameters: the arrays are the state dict."""
+
+    KIND: ClassVar[str] = "weights"
+    env_steps: int
+    updates: int
+    confirm: int = 0
+    """Non-zero: published for the confirmation of this number, while the learner holds still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The mean return of pinned weights, played with exploration off unless the topology says otherwise."""
+
+    mean_return: float
+    episodes: int
+    version: int
+    learner_epoch: int
+    env_steps: int
+    confirm: int = 0
+    number: int = 0
+    """Counted by the evaluator, so that a repeated report counts once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A node's application heartbeat; the controller answers with `Control`."""
+
+    KIND: ClassVar[str] = "progress"
+    role: str
+    state: NodeState
+    pid: int
+    host: str
+    topology: str
+    """Digest of the expanded topology: nodes of different topologies refuse each other."""
+    package: str
+    """Version of this package."""
+    started: float
+    """Seconds since 1970, for people."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """The node's ledger."""
+    gauges: dict[str, float] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    done: str | None = None
+    """Why this node finished its share of the run (`steps`), if it did."""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What the controller wants of everybody: always the whole truth, so that the newest one is enough."""
+
+    KIND: ClassVar[str] = "control"
+    phase: Phase = "run"
+    confirm: int = 0
+    """Number of the confirmation asked for: the learner holds still, the evaluator plays its weights."""
+    draining: list[str] = field(default_factory=list)
+    """Nodes that shall flush what they hold, report and leave."""
+    reason: str = ""
+
+
+STATUS: str = "status"
+"""Request to the controller: answers with `StatusReply`."""
+STOP: str = "stop"
+"""Request to the controller: drain everybody; answers with the control in force."""
+
+M = TypeVar("M", Trajectory, Weights, Progress, Control)
+
+
+@lru_cache(maxsize=16)
+def _adapter(cls: type[M]) -> TypeAdapter[M]:
+    return TypeAdapter(cls, config=ConfigDict(extra="forbid", allow_inf_nan=True))
+
+
+@lru_cache(maxsize=16)
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls))
+
+
+def fields_of(message: Trajectory | Weights | Progress | Control) -> dict[str, Any]:
+    """The map of scalars that travels for `message`."""
+    values = {name: getattr(message, name) for name in _names(type(message))}
+    if isinstance(message, Progress) and message.evaluation is not None:
+        values["evaluation"] = {name: getattr(message.evaluation, name) for name in _names(Evaluation)}
+    return values
+
+
+def parse(cls: type[M], message: Message) -> M:
+    """The `cls` in `message`.
+
+    Raises:
+        WireError: `kind` or `fields`, when it is something else.
+    """
+    if message.kind != cls.KIND:
+        raise WireError("kind", f"got {message.kind!r}, expected {cls.KIND!r}")
+    try:
+        return _adapter(cls).validate_python(message.fields)
+    except ValidationError as error:
+        raise WireError("fields", f"{cls.KIND}: {error.errors(include_url=False)[0]['msg']}") from None

@@ -1,0 +1,119 @@
+"""The `request` link: an answer, an error or a timeout; never a hang.
+
+A client numbers its requests within its life. It repeats one that stays unanswered, for the connection may have broken
+under it; the server runs each number once and answers repetitions from a small cache. An answer after the deadline, or
+a second one, is counted and dropped.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final, Generic, Literal, TypeVar
+
+F = TypeVar("F")
+
+REPEAT_S: Final = 1.0
+"""A request unanswered for this long is sent again."""
+CACHE: Final = 64
+"""Answers kept per client for repetitions."""
+
+
+@dataclass(slots=True)
+class Pending(Generic[F]):
+    frame: F
+    deadline: float
+    repeat_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Due(Generic[F]):
+    """What `poll` found: requests to send again and requests that timed out."""
+
+    again: tuple[F, ...]
+    expired: tuple[int, ...]
+
+
+class RequestClient(Generic[F]):
+    def __init__(self) -> None:
+        self.late = 0
+        self._pending: dict[int, Pending[F]] = {}
+        self._last = 0
+
+    def next_id(self) -> int:
+        self._last += 1
+        return self._last
+
+    def open(self, request: int, frame: F, now: float, timeout_s: float) -> None:
+        self._pending[request] = Pending(frame, now + timeout_s, now + REPEAT_S)
+
+    def answered(self, request: int) -> bool:
+        """Whether this answer is awaited; late, duplicate and unsolicited ones are counted and are not."""
+        if self._pending.pop(request, None) is None:
+            self.late += 1
+            return False
+        return True
+
+    def abandon(self, request: int) -> None:
+        """Nobody waits any more."""
+        self._pending.pop(request, None)
+
+    def poll(self, now: float) -> Due[F]:
+        expired = tuple(request for request, pending in self._pending.items() if now >= pending.deadline)
+        for request in expired:
+            del self._pending[request]
+        again = []
+        for pending in self._pending.values():
+            if now >= pending.repeat_at:
+                pending.repeat_at = now + REPEAT_S
+                again.append(pending.frame)
+        return Due(tuple(again), expired)
+
+    @property
+    def open_requests(self) -> tuple[int, ...]:
+        return tuple(self._pending)
+
+
+@dataclass(slots=True)
+class _Peer(Generic[F]):
+    epoch: int
+    answers: OrderedDict[int, F | None] = field(default_factory=OrderedDict)
+    """Request → its answer; None while it is being worked on."""
+    forgotten: int = 0
+    """Requests up to this number have left the cache."""
+
+
+Standing = Literal["new", "running", "old"]
+
+
+class RequestServer(Generic[F]):
+    """Runs each (client, life, request) once."""
+
+    def __init__(self) -> None:
+        self._peers: dict[str, _Peer[F]] = {}
+
+    def arrived(self, client: str, epoch: int, request: int) -> Standing | tuple[F]:
+        """`new`: run it. `running`: it is. `old`: an earlier life or forgotten. Else the answer, to be repeated."""
+        peer = self._peers.get(client)
+        if peer is None or epoch > peer.epoch:
+            peer = self._peers[client] = _Peer(epoch)
+        if epoch < peer.epoch or request <= peer.forgotten:
+            return "old"
+        if request in peer.answers:
+            answer = peer.answers[request]
+            return "running" if answer is None else (answer,)
+        peer.answers[request] = None
+        return "new"
+
+    def answer(self, client: str, epoch: int, request: int, frame: F) -> None:
+        """Keep the answer for repetitions."""
+        peer = self._peers.get(client)
+        if peer is None or peer.epoch != epoch:
+            return
+        peer.answers[request] = frame
+        while len(peer.answers) > CACHE:
+            oldest, kept = next(iter(peer.answers.items()))
+            if kept is None:  # still running: the cache may grow by what runs at once
+                break
+            del peer.answers[oldest]
+            peer.forgotten = max(peer.forgotten, oldest)

@@ -1,0 +1,336 @@
+"""The wire format: one message, one frame; a small msgpack header, then the arrays as they lie in memory.
+
+    0        4       5       6       8            12             16
+    | "DDRL" | major | minor | zero  | header len | arena offset | header (msgpack) | 0… | arena |
+
+    header = [kind, node, epoch, seq, lane, fields, specs]     specs = packed [[name, dtype, shape, offset], …]
+
+`epoch` is the sender's life, `seq` its number on this link, `lane` the life of the receiver it was meant for (0
+where a link has none), `fields` a map of scalars. Every array starts at a multiple of 64 bytes within the arena,
+which itself starts at a multiple of 64 within the frame.
+
+A producer writes rows straight into an `Arena`, so that encoding copies nothing: only the header is packed, and laid
+right-aligned in the room before the arrays. `decode` is total: it returns a `Message` whose arrays are read-only
+views of the frame, or raises `WireError` with one of `REASONS`; limits are checked before anything is allocated, and
+nothing received can name code.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, TypeAlias
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from ddrl_bus.errors import WireError
+
+if sys.byteorder != "little":  # pragma: no cover - arrays travel as they lie in memory
+    raise ImportError("ddrl_bus sends arrays in little-endian memory order; this machine is big-endian")
+
+MAGIC: Final = b"DDRL"
+PROTOCOL: Final = (1, 0)
+ALIGN: Final = 64
+SMALL_FRAME: Final = 8 << 10
+"""Received frames up to this size are taken as `bytes`: they are slices of libzmq's read buffer and would pin it."""
+MAX_FRAME: Final = 256 << 20
+MAX_HEADER: Final = 256 << 10
+MAX_SPECS: Final = 16 << 10
+MAX_ARRAYS: Final = 64
+MAX_NDIM: Final = 8
+MAX_DEPTH: Final = 8
+DTYPES: Final = {
+    name: np.dtype(name)
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "float32", "float64"),
+    )
+}
+REASONS: Final = (
+    "truncated",
+    "oversized",
+    "magic",
+    "version",
+    "header",
+    "fields",
+    "specs",
+    "dtype",
+    "shape",
+    "arena",
+)
+
+Array: TypeAlias = npt.NDArray[Any]
+Spec: TypeAlias = tuple[str, tuple[int, ...]]
+"""dtype name and shape of one array."""
+Buffer: TypeAlias = bytes | memoryview
+
+_PREFIX: Final = struct.Struct("<4sBBHII")
+_HEAD_ROOM: Final = 512
+_ZEROED: Final = 16 << 10
+_UNSIGNED_64: Final = 1 << 64
+_SCALARS: Final = frozenset((str, int, float, bool, type(None)))
+_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+
+
+@dataclass(slots=True)
+class Message:
+    """A decoded message. `arrays` are read-only views of the received frame."""
+
+    kind: str
+    node: str
+    epoch: int
+    seq: int
+    lane: int
+    fields: dict[str, Any]
+    arrays: dict[str, Array]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def _round_up(n: int) -> int:
+    return (n + ALIGN - 1) & -ALIGN
+
+
+class Layout:
+    """Where the arrays of one kind of message lie. Made once per producer; `arena` then allocates one message.
+
+    Args:
+        kind: the message's kind.
+        specs: name → (dtype name, shape) of each array, in order.
+
+    Raises:
+        WireError: `dtype`, for one that does not travel.
+    """
+
+    def __init__(self, kind: str, specs: Mapping[str, Spec]) -> None:
+        self.kind = kind
+        self.placed: list[_Placed] = []
+        self.size = 0
+        for name, (dtype_name, shape) in specs.items():
+            self._place(name, dtype_name, shape)
+        self.packed_specs = _packed_specs(self.placed)
+
+    def _place(self, name: str, dtype_name: str, shape: tuple[int, ...]) -> None:
+        if dtype_name not in DTYPES:
+            raise WireError("dtype", f"{name}: {dtype_name!r} does not travel; have {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype_name]
+        nbytes = math.prod(shape) * dtype.itemsize
+        self.placed.append(_Placed(name, dtype, tuple(shape), self.size, nbytes))
+        self.size = _round_up(self.size + nbytes)
+
+    def arena(self) -> Arena:
+        return Arena(self)
+
+
+class Arena:
+    """One message's arrays, laid out as they will travel, with room for the header in front.
+
+    `arrays` holds writable views. After `encode` nobody may write to them: the bytes may still be on their way.
+    """
+
+    __slots__ = ("_buffer", "_layout", "_room", "arrays")
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._allocate(_HEAD_ROOM)
+
+    @classmethod
+    def of(cls, kind: str, arrays: Mapping[str, Array]) -> Arena:
+        """An arena holding copies of `arrays`: for messages that are small, or that must be a snapshot."""
+        arena = cls(Layout(kind, {name: (array.dtype.name, array.shape) for name, array in arrays.items()}))
+        for name, array in arrays.items():
+            arena.arrays[name][...] = array
+        return arena
+
+    def _allocate(self, room: int) -> None:
+        size = room + self._layout.size
+        self._room = room
+        if size <= _ZEROED:
+            buffer = self._buffer = np.zeros(size, np.uint8)
+        else:
+            buffer = self._buffer = np.empty(size, np.uint8)
+            for p in self._layout.placed:  # the gaps travel too: send zeros, not what the heap held before
+                end = room + p.offset + p.nbytes
+                buffer[end : _round_up(end)] = 0
+        self.arrays: dict[str, Array] = {
+            p.name: np.ndarray(p.shape, p.dtype, buffer, room + p.offset) for p in self._layout.placed
+        }
+
+    def extended(self, arrays: Mapping[str, Array]) -> Arena:
+        """A copy with `arrays` after the present ones: for what is known only once the rows are written."""
+        return Arena.of(self._layout.kind, {**self.arrays, **arrays})
+
+    @property
+    def kind(self) -> str:
+        return self._layout.kind
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena, without the header."""
+        return self._layout.size
+
+    def encode(self, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int = 0) -> memoryview:
+        """The frame, read-only. Copies nothing unless the header outgrew its room."""
+        layout = self._layout
+        header = _pack((layout.kind, node, epoch, seq, lane, fields, layout.packed_specs))
+        text_end = _PREFIX.size + len(header)
+        head = _round_up(text_end)
+        if head > self._room:
+            self._outgrown(head)
+        frame = memoryview(self._buffer)[self._room - head :]  # type: ignore[arg-type]
+        _PREFIX.pack_into(frame, 0, MAGIC, *PROTOCOL, 0, len(header), head)
+        frame[_PREFIX.size : text_end] = header
+        frame[text_end:head] = bytes(head - text_end)
+        return frame.toreadonly()
+
+    def _outgrown(self, room: int) -> None:
+        if room > MAX_HEADER:
+            raise WireError("oversized", f"{self.kind}: header of {room} bytes, at most {MAX_HEADER} travel")
+        rows = self.arrays
+        self._allocate(room)
+        for name, array in rows.items():
+            self.arrays[name][...] = array
+
+
+def _packed_specs(placed: Sequence[_Placed]) -> bytes:
+    packed: bytes = msgpack.packb([[p.name, p.dtype.name, p.shape, p.offset] for p in placed])
+    return packed
+
+
+def encode(
+    kind: str,
+    node: str,
+    epoch: int,
+    seq: int,
+    fields: Mapping[str, Any],
+    arrays: Mapping[str, Array] | None = None,
+    lane: int = 0,
+) -> memoryview:
+    """A frame from values at hand; arrays are copied."""
+    return Arena.of(kind, arrays or {}).encode(node, epoch, seq, fields, lane)
+
+
+def decode(frame: Buffer) -> Message:
+    """The message in `frame`.
+
+    Raises:
+        WireError: whatever is wrong with it; `reason` is one of `REASONS`. No other exception leaves.
+    """
+    size = len(frame)
+    if size < _PREFIX.size:
+        raise WireError("truncated", f"{size} bytes, a frame has at least {_PREFIX.size}")
+    if size > MAX_FRAME:
+        raise WireError("oversized", f"{size} bytes, at most {MAX_FRAME}")
+    magic, major, minor, zero, header_len, arena_at = _PREFIX.unpack_from(frame)
+    if magic != MAGIC:
+        raise WireError("magic", f"frame starts with {magic!r}, expected {MAGIC!r}")
+    if major != PROTOCOL[0]:
+        raise WireError("version", f"protocol {major}.{minor} here, we speak {PROTOCOL[0]}.{PROTOCOL[1]}")
+    if header_len > MAX_HEADER:
+        raise WireError("oversized", f"header of {header_len} bytes, at most {MAX_HEADER}")
+    if zero or arena_at % ALIGN or not _PREFIX.size + header_len <= arena_at <= size:
+        raise WireError("truncated", f"header of {header_len} bytes, arena at {arena_at}, frame of {size}")
+    kind, node, epoch, seq, lane, fields, specs = _header(frame[_PREFIX.size : _PREFIX.size + header_len])
+    placed = _parsed_specs(specs)
+    if placed and arena_at + placed[-1].offset + placed[-1].nbytes > size:
+        raise WireError("arena", f"{placed[-1].name} ends past the frame's {size} bytes")
+    if type(frame) is memoryview and not frame.readonly:
+        frame = frame.toreadonly()
+    arrays: dict[str, Array] = {p.name: np.ndarray(p.shape, p.dtype, frame, arena_at + p.offset) for p in placed}
+    return Message(kind, node, epoch, seq, lane, fields, arrays, size)
+
+
+def unpack(data: Buffer) -> Any:
+    """A msgpack value under our limits.
+
+    Raises:
+        WireError: `header`, whatever msgpack disliked.
+    """
+    try:
+        return msgpack.unpackb(
+            data,
+            strict_map_key=True,
+            max_str_len=MAX_HEADER,
+            max_bin_len=MAX_SPECS,
+            max_array_len=16384,
+            max_map_len=16384,
+            max_ext_len=0,
+        )
+    except Exception as error:  # hostile bytes reach msgpack here, so every error of its is one refusal
+        raise WireError("header", f"{type(error).__name__}: {error}") from None
+
+
+def _header(data: Buffer) -> tuple[str, str, int, int, int, dict[str, Any], bytes]:
+    header = unpack(data)
+    if type(header) is not list or len(header) != 7:
+        raise WireError("header", "expected a list of 7")
+    kind, node, epoch, seq, lane, fields, specs = header
+    if type(kind) is not str or type(node) is not str or len(kind) > 64 or len(node) > 64:
+        raise WireError("header", "kind and node are strings of at most 64 characters")
+    for number in (epoch, seq, lane):
+        if type(number) is not int or not 0 <= number < _UNSIGNED_64:
+            raise WireError("header", "epoch, seq and lane are unsigned 64-bit integers")
+    if type(fields) is not dict or type(specs) is not bytes:
+        raise WireError("fields", "fields are a map, specs are bytes")
+    for value in fields.values():
+        if type(value) not in _SCALARS and not _plain(value, MAX_DEPTH):
+            raise WireError("fields", f"fields nest deeper than {MAX_DEPTH} or hold bytes")
+    return kind, node, epoch, seq, lane, fields, specs
+
+
+def _plain(value: Any, depth: int) -> bool:
+    if type(value) is dict:
+        return depth > 0 and all(_plain(v, depth - 1) for v in value.values())
+    if type(value) is list:
+        return depth > 0 and all(_plain(v, depth - 1) for v in value)
+    return type(value) in _SCALARS
+
+
+@lru_cache(maxsize=1024)
+def _parsed_specs(packed: bytes) -> tuple[_Placed, ...]:
+    """Checked array specs. Cached by their bytes: a link sends the same few over and over."""
+    if len(packed) > MAX_SPECS:
+        raise WireError("specs", f"{len(packed)} bytes of specs, at most {MAX_SPECS}")
+    rows = unpack(packed)
+    if type(rows) is not list or len(rows) > MAX_ARRAYS:
+        raise WireError("specs", f"expected a list of at most {MAX_ARRAYS}")
+    placed = [_parsed_spec(row) for row in rows]
+    if len({p.name for p in placed}) != len(placed):
+        raise WireError("specs", "an array is named twice")
+    end = 0
+    for p in placed:
+        if p.offset != end:
+            raise WireError("arena", f"{p.name} at {p.offset}, expected {end}")
+        end = _round_up(end + p.nbytes)
+    return tuple(placed)
+
+
+def _parsed_spec(row: Any) -> _Placed:
+    if type(row) is not list or len(row) != 4:
+        raise WireError("specs", "a spec is [name, dtype, shape, offset]")
+    name, dtype_name, shape, offset = row
+    if type(name) is not str or len(name) > 64 or type(offset) is not int or type(shape) is not list:
+        raise WireError("specs", "a spec is [name, dtype, shape, offset]")
+    dtype = DTYPES.get(dtype_name) if type(dtype_name) is str else None
+    if dtype is None:
+        raise WireError("dtype", f"{name}: {dtype_name!r} is not allowed")
+    if len(shape) > MAX_NDIM or any(type(d) is not int or not 0 <= d <= MAX_FRAME for d in shape):
+        raise WireError("shape", f"{name}: at most {MAX_NDIM} dimensions, each 0 or more")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > MAX_FRAME:
+        raise WireError("shape", f"{name}: {nbytes} bytes, at most {MAX_FRAME}")
+    return _Placed(name, dtype, tuple(shape), offset, nbytes)
