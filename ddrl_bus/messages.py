@@ -7,10 +7,9 @@ node never sees a message of the wrong shape.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ddrl_bus.errors import WireError
 from ddrl_bus.transport.wire import Message
@@ -104,21 +103,16 @@ STOP: str = "stop"
 M = TypeVar("M", Trajectory, Weights, Progress, Control)
 
 
-@lru_cache(maxsize=16)
-def _adapter(cls: type[M]) -> TypeAdapter[M]:
-    return TypeAdapter(cls, config=ConfigDict(extra="forbid", allow_inf_nan=True))
-
-
-@lru_cache(maxsize=16)
-def _names(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls))
+_CLASSES: tuple[type[Any], ...] = (Trajectory, Weights, Progress, Control)
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in _CLASSES}
+_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Evaluation)}
 
 
 def fields_of(message: Trajectory | Weights | Progress | Control) -> dict[str, Any]:
     """The map of scalars that travels for `message`."""
-    values = {name: getattr(message, name) for name in _names(type(message))}
+    values = {name: getattr(message, name) for name in _NAMES[type(message)]}
     if isinstance(message, Progress) and message.evaluation is not None:
-        values["evaluation"] = {name: getattr(message.evaluation, name) for name in _names(Evaluation)}
+        values["evaluation"] = {name: getattr(message.evaluation, name) for name in _NAMES[Evaluation]}
     return values
 
 
@@ -131,6 +125,7 @@ def parse(cls: type[M], message: Message) -> M:
     if message.kind != cls.KIND:
         raise WireError("kind", f"got {message.kind!r}, expected {cls.KIND!r}")
     try:
-        return _adapter(cls).validate_python(message.fields)
+        parsed: M = _ADAPTERS[cls].validate_python(message.fields)
     except ValidationError as error:
         raise WireError("fields", f"{cls.KIND}: {error.errors(include_url=False)[0]['msg']}") from None
+    return parsed

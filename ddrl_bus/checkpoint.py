@@ -1,0 +1,137 @@
+"""Checkpoints that are whole or not there: safetensors for arrays, a JSON manifest with digests, one atomic rename.
+
+    checkpoints/<step, 12 digits>/arrays.safetensors
+                                  manifest.json     {"format", "step", "values", "files": {name: {"bytes", "sha256"}}}
+
+Written to `tmp-…`, synced, renamed; the rename makes it valid. `newest` verifies every byte before it is used and falls
+back to an older one. Nothing in a checkpoint can name code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ddrl_bus.errors import RefusedFileError
+from ddrl_bus.transport.wire import Array
+
+FORMAT: Final = 1
+_ARRAYS: Final = "arrays.safetensors"
+_MANIFEST: Final = "manifest.json"
+log = logging.getLogger("ddrl_bus.checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`arrays` are state; `values` are counters and names, plain JSON."""
+
+    step: int
+    arrays: Mapping[str, Array]
+    values: Mapping[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int = 3) -> Path:
+    """Write it under `folder`, sync it to disk, then delete all but the newest `keep`.
+
+    Raises:
+        OSError: the disk refused; what was there before is untouched.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    final = folder / f"{checkpoint.step:012d}"
+    temporary = folder / f"tmp-{checkpoint.step:012d}-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        data = to_bytes(dict(checkpoint.arrays))
+        digest = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "values": checkpoint.values,
+            "files": {_ARRAYS: digest},
+        }
+        _write(temporary / _ARRAYS, data)
+        _write(temporary / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync(temporary)
+        if final.exists():  # a resumed run may come past the same step again
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`, every byte verified.
+
+    Raises:
+        RefusedFileError: it is damaged or not one of ours; says what came and what was expected.
+    """
+    from safetensors.numpy import load as from_bytes
+
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        data = (path / _ARRAYS).read_bytes()
+        step, values, expected = int(manifest["step"]), dict(manifest["values"]), manifest["files"][_ARRAYS]
+        found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RefusedFileError(f"{path}: not a whole checkpoint: {type(error).__name__}: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise RefusedFileError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+    if found != expected:
+        raise RefusedFileError(f"{path / _ARRAYS}: damaged: found {found}, expected {expected}")
+    try:
+        arrays = from_bytes(data)
+    except Exception as error:  # safetensors' own error type is not part of its documented interface
+        raise RefusedFileError(f"{path / _ARRAYS}: {error}") from None
+    return Checkpoint(step, arrays, values)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies wholly; None if there is none at all.
+
+    Raises:
+        RefusedFileError: there are some, and all are damaged.
+    """
+    damaged = []
+    for path in reversed(_complete(folder)):
+        try:
+            return load(path)
+        except RefusedFileError as error:
+            log.warning("passed over: %s", error)
+            damaged.append(str(error))
+    if damaged:
+        raise RefusedFileError("no checkpoint is whole: " + "; ".join(damaged))
+    return None
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.is_dir() else []
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,82 @@
+"""Where a node's time goes, and the file that keeps it.
+
+A node's time is counted in its ledger under `time/…`, in nanoseconds, so that a killed node's figures survive too.
+docs/performance.md defines communication overhead on these names.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Final
+
+from ddrl_bus.transport.ledger import Counter, Ledger
+
+WORK: Final = ("env", "forward", "record", "learn", "evaluate")
+"""What the same loop without a bus would spend as well."""
+COMMUNICATION: Final = ("pack", "send", "unpack", "handoff")
+"""What the bus adds: encoding, handing over, decoding and loading, and switching between the loop and its work."""
+WAITS: Final = ("send_wait", "queue_wait", "weights_wait")
+"""Waiting because a peer is the bottleneck: no credit left, no batch full yet, no newer weights yet."""
+
+
+class Clock:
+    """Adds the nanoseconds of a `with` block to one counter."""
+
+    __slots__ = ("_began", "_counter")
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._began = 0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter_ns()
+
+    def __exit__(self, *_: object) -> None:
+        self._counter.add(time.perf_counter_ns() - self._began)
+
+
+def clock(ledger: Ledger, what: str) -> AbstractContextManager[None]:
+    """A reusable `with` block that counts under `time/what`."""
+    return Clock(ledger.counter("time", what))
+
+
+def shares(counters: Mapping[str, int], before: Mapping[str, int] | None = None) -> dict[str, float]:
+    """What part of a node's busy time went where, and `overhead`, the part that is communication.
+
+    Busy time is all counted time without waiting; each wait is given as its share of busy and waiting time together.
+
+    Args:
+        before: an earlier reading; the shares are then of the time in between.
+    """
+    before = before or {}
+    spent = {
+        what: counters.get(f"time/{what}", 0) - before.get(f"time/{what}", 0)
+        for what in (*WORK, *COMMUNICATION, *WAITS)
+    }
+    waited = sum(spent[what] for what in WAITS)
+    busy = sum(spent.values()) - waited
+    if busy <= 0:
+        return {}
+    return {
+        **{what: ns / busy for what, ns in spent.items() if ns and what not in WAITS},
+        **{what: ns / (busy + waited) for what, ns in spent.items() if ns and what in WAITS},
+        "overhead": sum(spent[what] for what in COMMUNICATION) / busy,
+    }
+
+
+class JsonLines:
+    """A file of one JSON object a line, flushed at each."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False, default=str) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

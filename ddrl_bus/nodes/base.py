@@ -1,0 +1,299 @@
+"""What every node is: a life cycle, a heartbeat, a thread for heavy work, and its link ends.
+
+    NEW ─→ STARTING ─→ RUNNING ─→ DRAINING ─→ STOPPED          any of them ─→ FAILED
+
+`Node.live` is a whole life. The event loop never blocks: environments and networks run through `compute`, one thread
+per node, so that a network is touched by one thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Final, TypeVar
+
+import numpy as np
+
+from ddrl_bus import __version__, algos, envs
+from ddrl_bus.algos.base import Algorithm
+from ddrl_bus.algos.spaces import Spaces
+from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
+from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, fields_of, parse
+from ddrl_bus.metrics import shares
+from ddrl_bus.topology.plan import NodePlan, Plan, Port
+from ddrl_bus.transport.bus import Bus
+from ddrl_bus.transport.ledger import Ledger
+from ddrl_bus.transport.links import Client, Publisher, Receiver, Sender, Subscriber
+from ddrl_bus.transport.memory import MemoryHub
+
+HEARTBEAT_S: Final = 0.5
+"""Application heartbeat: it comes from the event loop, so a node whose loop hangs goes silent."""
+ANSWER_S: Final = 2.0
+"""How long a heartbeat waits for the controller before it is given up; training goes on without one."""
+ROLES: Final = ("controller", "learner", "actor", "evaluator")
+"""Order is part of every seed: append only."""
+
+TRANSITIONS: Final[dict[NodeState, frozenset[NodeState]]] = {
+    "new": frozenset({"starting", "failed"}),
+    "starting": frozenset({"running", "draining", "failed"}),
+    "running": frozenset({"draining", "failed"}),
+    "draining": frozenset({"stopped", "failed"}),
+    "stopped": frozenset(),
+    "failed": frozenset(),
+}
+T = TypeVar("T")
+
+
+class Node(ABC):
+    """One life of one node. A subclass writes `start` and `run`.
+
+    Args:
+        hub: joins nodes of one process; `compute` then runs in the event loop itself, for breakpoints and for runs
+            that repeat exactly.
+    """
+
+    role: ClassVar[str]
+
+    def __init__(self, plan: Plan, name: str, run_dir: Path, epoch: int, hub: MemoryHub | None) -> None:
+        self.plan = plan
+        self.node: NodePlan = plan.nodes[name]
+        self.name = name
+        self.run_dir = run_dir
+        self.epoch = epoch
+        self.log = logging.getLogger(f"ddrl_bus.{name}")
+        folder = run_dir / "ledger"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.ledger = Ledger(folder / f"{name}@{epoch:016x}.page")
+        self.bus = Bus(name, epoch, self.ledger, hub)
+        self.ports: dict[str, Port] = plan.ports(name)
+        self.state: NodeState = "new"
+        self.control = Control()
+        self.control_changed = asyncio.Event()
+        self.draining = asyncio.Event()
+        self.gauges: dict[str, float] = {}
+        self.evaluation: Evaluation | None = None
+        self.done: str | None = None
+        self._report = asyncio.Event()
+        self._started = time.time()
+        self._inline = hub is not None
+        self._handoff = self.ledger.counter("time", "handoff")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-compute")
+
+    # ---- what a role writes
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Open link ends and make what `run` needs."""
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Work until `draining` is set, then finish what was begun and return."""
+
+    def gauge(self) -> dict[str, float]:
+        """Figures of this moment, for people."""
+        return {}
+
+    # ---- what every role has
+
+    def enter(self, state: NodeState) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"{self.name}: no way from {self.state} to {state}")
+        self.log.info("state=%s was=%s", state, self.state)
+        self.state = state
+        self._report.set()
+
+    @cached_property
+    def algorithm(self) -> type[Algorithm[Any]]:
+        return algos.algorithm(self.plan.algo_name)
+
+    @cached_property
+    def env(self) -> envs.EnvConfig:
+        return envs.EnvConfig(**self.plan.env.model_dump())
+
+    @cached_property
+    def spaces(self) -> Spaces:
+        return envs.describe(self.env)
+
+    def seeds(self, restart: int = 0, stream: int = 0) -> np.random.SeedSequence:
+        """Seeds of this node: `SeedSequence([run, role, index, restart, stream])`."""
+        life = self.epoch >> 32
+        return np.random.SeedSequence([self.plan.seed, ROLES.index(self.role), self.node.index, life + restart, stream])
+
+    async def compute(self, work: Callable[..., T], *args: Any) -> T:
+        """`work(*args)` on this node's thread. The time it takes to get there and back counts as `handoff`."""
+        if self._inline:
+            await asyncio.sleep(0)
+            return work(*args)
+        began = time.perf_counter_ns()
+        result, inside = await asyncio.get_running_loop().run_in_executor(self._thread, _timed, work, args)
+        self._handoff.add(time.perf_counter_ns() - began - inside)
+        return result
+
+    async def until(self, waiting: Coroutine[Any, Any, T], *events: asyncio.Event) -> T | None:
+        """What `waiting` gives, or None once one of `events` is set. For waits that cancellation does not harm."""
+        task = asyncio.ensure_future(waiting)
+        others = [asyncio.ensure_future(event.wait()) for event in events]
+        try:
+            await asyncio.wait((task, *others), return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for future in (task, *others):
+                future.cancel()
+
+    def report(self) -> None:
+        """Send the next heartbeat now."""
+        self._report.set()
+
+    # ---- ports by link name
+
+    def _port(self, link: str) -> Port:
+        port = self.ports.get(link)
+        if port is None:
+            raise UsageError(f"{self.name}: the topology gives it no link {link!r}; it has {', '.join(self.ports)}")
+        return port
+
+    def open_sender(self, link: str) -> Sender:
+        port = self._port(link)
+        return self.bus.sender(link, port.peers, port.link.on_loss)
+
+    def open_receiver(self, link: str) -> Receiver:
+        port = self._port(link)
+        return self.bus.receiver(link, port.binds, port.link.window, port.link.on_loss)
+
+    def open_publisher(self, link: str) -> Publisher:
+        return self.bus.publisher(link, self._port(link).binds)
+
+    def open_subscriber(self, link: str) -> Subscriber:
+        (address,) = self._port(link).peers.values()
+        return self.bus.subscriber(link, address)
+
+    # ---- the controller's side of a node's life
+
+    def progress(self, error: str | None = None) -> Progress:
+        return Progress(
+            role=self.role,
+            state=self.state,
+            pid=os.getpid(),
+            host=platform.node(),
+            topology=self.plan.run_id,
+            package=__version__,
+            started=self._started,
+            counters=self.ledger.snapshot(),
+            gauges=self.gauges,
+            evaluation=self.evaluation,
+            done=self.done,
+            error=error,
+        )
+
+    async def _follow(self) -> None:
+        """Do what the controller wants, as far as it concerns every node alike."""
+        control = self.open_subscriber(Control.KIND)
+        while True:
+            self._obey(parse(Control, await control.next()))
+
+    def _obey(self, control: Control) -> None:
+        self.control = control
+        self.control_changed.set()
+        if self.name in control.draining and not self.draining.is_set():
+            self.log.info("drain reason=%s", control.reason)
+            self.draining.set()
+
+    async def _heartbeat(self) -> None:
+        """Report to the controller until cancelled; it may be away for as long as it likes."""
+        before = self.ledger.snapshot()
+        while True:
+            now = self.ledger.snapshot()
+            if self.state in ("running", "draining"):
+                self.gauges = {**self.gauge(), **shares(now, before)}
+            before = now
+            self._report.clear()
+            await self._beat()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._report.wait()
+
+    async def _beat(self, error: str | None = None) -> None:
+        try:
+            answer = await self._controller.request(Progress.KIND, fields_of(self.progress(error)), timeout_s=ANSWER_S)
+        except UnreachableError:
+            self.log.warning("controller unreachable; going on")
+        except RemoteError as refused:
+            raise UsageError(str(refused)) from None
+        else:
+            self._obey(parse(Control, answer))
+
+    @cached_property
+    def _controller(self) -> Client:
+        (address,) = self._port(Progress.KIND).peers.values()
+        return self.bus.client(Progress.KIND, address)
+
+    # ---- a life
+
+    def background(self) -> list[Coroutine[Any, Any, None]]:
+        """What goes on beside `run`."""
+        return [self._heartbeat(), self._follow()]
+
+    async def live(self, stop: asyncio.Event) -> None:
+        """Start, run, drain, and say goodbye.
+
+        Raises:
+            Exception: the first that anything in this node raised, as it was.
+        """
+        try:
+            self.enter("starting")
+            await self._run_beside(stop)
+            self.enter("stopped")
+            await self.goodbye()
+        except Exception as error:
+            self.state = "failed"
+            self.log.exception("failed")
+            with contextlib.suppress(Exception):  # the error that ended us is the one to show
+                await self.goodbye(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._thread.shutdown(wait=True)
+            self.bus.close()
+
+    async def goodbye(self, error: str | None = None) -> None:
+        """The last report, with the final counters."""
+        await self._beat(error)
+
+    async def _run_beside(self, stop: asyncio.Event) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                beside = [tasks.create_task(work) for work in (self._drain_on(stop), *self.background())]
+                await self.start()
+                if not self.draining.is_set():
+                    self.enter("running")
+                    await self.run()
+                for task in beside:
+                    task.cancel()
+        except* Exception as errors:
+            raise _first(errors) from None
+        if self.state == "running":  # its share of the run was over by itself
+            self.enter("draining")
+
+    async def _drain_on(self, stop: asyncio.Event) -> None:
+        await self.until(stop.wait(), self.draining)
+        self.draining.set()
+        self.enter("draining")
+
+
+def _timed(work: Callable[..., T], args: tuple[Any, ...]) -> tuple[T, int]:
+    began = time.perf_counter_ns()
+    result = work(*args)
+    return result, time.perf_counter_ns() - began
+
+
+def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

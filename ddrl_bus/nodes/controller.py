@@ -1,0 +1,326 @@
+"""The controller: who is there, how far the run is, when it is over. It stands off the data path: training goes on
+without it, and a new life of it learns everything from the next heartbeats.
+
+    run ─→ confirm ─→ drain           an evaluation that reaches `stop.reward`, the learner's spent budget, or the clock
+     ↑________|                       asks for a confirmation: the learner holds still and the evaluator plays exactly
+                                      its weights on fresh seeds. A reward that does not hold sends everybody back.
+
+Draining goes from the sources to the sinks, so that whoever receives is there until everything sent has arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from ddrl_bus import __version__
+from ddrl_bus.errors import WireError
+from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Phase, Progress, fields_of, parse
+from ddrl_bus.metrics import JsonLines, shares
+from ddrl_bus.nodes.base import Node
+from ddrl_bus.transport.links import Request
+from ddrl_bus.transport.wire import Arena
+
+TICK_S: Final = 0.1
+METRICS_EVERY_S: Final = 1.0
+DEAD_S: Final = 5.0
+"""A node silent for this long is not waited for."""
+CONFIRM_S: Final = 60.0
+"""A confirmation takes at most this long."""
+DRAIN_ORDER: Final = (("actor", "evaluator"), ("learner",))
+
+
+@dataclass(slots=True)
+class Member:
+    """One node as last heard."""
+
+    progress: Progress
+    epoch: int
+    heard: float
+
+    @property
+    def gone(self) -> bool:
+        return self.progress.state in ("stopped", "failed")
+
+
+class Controller(Node):
+    role: ClassVar[str] = "controller"
+
+    async def start(self) -> None:
+        self.server = self.bus.server(Progress.KIND, self._port(Progress.KIND).binds)
+        self.publisher = self.open_publisher(Control.KIND)
+        self.members: dict[str, Member] = {}
+        self.lives: dict[str, dict[str, int]] = {}
+        self.best: Evaluation | None = None
+        self.last: Evaluation | None = None
+        self.confirmed: Evaluation | None = None
+        self.began = self._run_started()
+        self.reason = ""
+        self.published = 0
+        self._deadline = 0.0
+        self._samples: list[tuple[float, int]] = []
+        self.metrics = JsonLines(self.run_dir / "metrics.jsonl")
+        self._publish(Control())
+
+    def _run_started(self) -> float:
+        """Seconds since 1970 at the command that began this run."""
+        try:
+            return float(json.loads((self.run_dir / "meta.json").read_text())["started"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return self._started
+
+    def background(self) -> list[Coroutine[Any, Any, None]]:
+        return []
+
+    async def goodbye(self, error: str | None = None) -> None:
+        """Nobody is left to report to."""
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        serving = asyncio.create_task(self._serve(), name=f"{self.name}.serve")
+        try:
+            while not self._over():
+                if serving.done():
+                    serving.result()
+                if self.draining.is_set() and self.control.phase != "drain":
+                    self._drain("stop")
+                self._decide(loop.time())
+                self._measure()
+                await self.until(asyncio.sleep(TICK_S), self.control_changed)
+                self.control_changed.clear()
+        finally:
+            serving.cancel()
+        self._write_result()
+
+    # ---- what others say
+
+    async def _serve(self) -> None:
+        answers: dict[str, Callable[[Request], None]] = {
+            Progress.KIND: self._on_progress,
+            STATUS: self._on_status,
+            STOP: self._on_stop,
+        }
+        while True:
+            request = await self.server.recv()
+            answer = answers.get(request.message.kind)
+            if answer is None:
+                request.refuse(f"unknown request {request.message.kind!r}; have {', '.join(answers)}")
+                continue
+            try:
+                answer(request)
+            except WireError as error:
+                request.refuse(str(error))
+
+    def _on_progress(self, request: Request) -> None:
+        message = request.message
+        progress = parse(Progress, message)
+        if progress.topology != self.plan.run_id or message.node not in self.plan.nodes:
+            request.refuse(
+                f"{message.node} runs topology {progress.topology}, this is {self.plan.name} {self.plan.run_id}: "
+                "start every host from the same file and overrides"
+            )
+            return
+        if progress.package != __version__:
+            self.log.warning("%s runs ddrl_bus %s, this is %s", message.node, progress.package, __version__)
+        known = self.members.get(message.node)
+        if known is not None and known.epoch > message.epoch:
+            request.refuse(f"fenced: a newer life of {message.node} is here")
+            return
+        self.members[message.node] = Member(progress, message.epoch, asyncio.get_running_loop().time())
+        self.lives[f"{message.node}@{message.epoch:016x}"] = progress.counters
+        if progress.evaluation is not None:
+            self._on_evaluation(progress.evaluation)
+        request.answer(Control.KIND, fields_of(self.control))
+        self.control_changed.set()
+
+    def _on_evaluation(self, evaluation: Evaluation) -> None:
+        if evaluation == self.last:
+            return
+        self.last = evaluation
+        if self.best is None or evaluation.mean_return > self.best.mean_return:
+            self.best = evaluation
+        if evaluation.confirm and evaluation.confirm == self.control.confirm:
+            self.confirmed = evaluation
+
+    def _on_status(self, request: Request) -> None:
+        text = json.dumps(self.status()).encode()
+        request.answer(STATUS, arrays={"json": np.frombuffer(text, np.uint8)})
+
+    def _on_stop(self, request: Request) -> None:
+        if self.control.phase != "drain":
+            self._drain("stop")
+        request.answer(Control.KIND, fields_of(self.control))
+
+    # ---- what follows from it
+
+    def _decide(self, now: float) -> None:
+        match self.control.phase:
+            case "run":
+                if reason := self._finished():
+                    self._ask_to_confirm(reason, now)
+            case "confirm":
+                if self.confirmed is not None:
+                    self._conclude(self.confirmed)
+                elif now >= self._deadline:
+                    self.log.warning("no evaluation within %.0f s; ending without one", CONFIRM_S)
+                    self._drain(self.reason)
+            case "drain":
+                wanted = self._may_drain(now)
+                if wanted != self.control.draining:
+                    self._say("drain", draining=wanted)
+
+    def _finished(self) -> str:
+        stop = self.plan.stop
+        if stop.reward is not None and self.last is not None and self.last.mean_return >= stop.reward:
+            return "reward"
+        if any(member.progress.done for member in self.members.values()):
+            return "steps"
+        if stop.time is not None and time.time() - self.began >= stop.time:
+            return "time"
+        return ""
+
+    def _ask_to_confirm(self, reason: str, now: float) -> None:
+        self.reason, self.confirmed = reason, None
+        if not any(m.progress.role == "evaluator" and not m.gone for m in self.members.values()):
+            self._drain(reason)
+            return
+        self._deadline = now + CONFIRM_S
+        self._say("confirm", confirm=self.control.confirm + 1)
+
+    def _conclude(self, evaluation: Evaluation) -> None:
+        target = self.plan.stop.reward
+        if self.reason == "reward" and target is not None and evaluation.mean_return < target:
+            self.log.info("return %.1f did not hold: %.1f on fresh seeds; going on", target, evaluation.mean_return)
+            self.last = None
+            self._say("run")
+            return
+        self._drain(self.reason)
+
+    def _drain(self, reason: str) -> None:
+        self.reason = reason
+        self._say("drain", draining=self._may_drain(asyncio.get_running_loop().time()))
+
+    def _may_drain(self, now: float) -> list[str]:
+        """Every stage whose predecessors have left."""
+        names: list[str] = []
+        for kinds in DRAIN_ORDER:
+            stage = [node.name for node in self.plan.nodes.values() if node.kind in kinds]
+            names += stage
+            if any(self._present(name, now) for name in stage):
+                break
+        return names
+
+    def _present(self, name: str, now: float) -> bool:
+        member = self.members.get(name)
+        return member is not None and not member.gone and now - member.heard < DEAD_S
+
+    def _over(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        return self.control.phase == "drain" and not any(self._present(name, now) for name in self.members)
+
+    def _say(self, phase: Phase, *, confirm: int | None = None, draining: list[str] | None = None) -> None:
+        number = self.control.confirm if confirm is None else confirm
+        self._publish(Control(phase, number, draining or [], self.reason))
+
+    def _publish(self, control: Control) -> None:
+        self.control = control
+        self.log.info("phase=%s confirm=%d reason=%s", control.phase, control.confirm, control.reason)
+        self.published += 1
+        self.publisher.publish(self.published, Arena.of(Control.KIND, {}), fields_of(control))
+
+    # ---- figures
+
+    def _gauge_of(self, role: str, gauge: str) -> float:
+        return sum(m.progress.gauges.get(gauge, 0) for m in self.members.values() if m.progress.role == role)
+
+    def _env_steps(self) -> int:
+        """Steps that actors took, over all their lives."""
+        return sum(counters.get("env_steps", 0) for counters in self.lives.values())
+
+    def _steps_per_s(self, window_s: float) -> float:
+        """Steps a second over the last `window_s` of the run, start-up left out."""
+        if len(self._samples) < 2:
+            return 0.0
+        end, steps = self._samples[-1]
+        start, before = next(sample for sample in self._samples if end - sample[0] <= window_s)
+        return (steps - before) / (end - start) if end > start else 0.0
+
+    def _measure(self) -> None:
+        now = time.time()
+        if self._samples and now - self._samples[-1][0] < METRICS_EVERY_S:
+            return
+        if self.control.phase != "run" or not self._gauge_of("learner", "first_update_at"):
+            return
+        self._samples.append((now, self._env_steps()))
+        status = self.status()
+        nodes = status.pop("nodes")
+        gauges = {name: node["gauges"] for name, node in nodes.items()}
+        self.metrics.write({"time": now, **status, "nodes": gauges})
+
+    def status(self) -> dict[str, Any]:
+        """Everything that `ddrl status` shows."""
+        return {
+            "name": self.plan.name,
+            "run_id": self.plan.run_id,
+            "seed": self.plan.seed,
+            "phase": self.control.phase,
+            "reason": self.control.reason,
+            "wall_s": time.time() - self.began,
+            "env_steps": self._env_steps(),
+            "updates": int(self._gauge_of("learner", "updates")),
+            "steps_per_s": self._steps_per_s(5.0),
+            "return": self.last.mean_return if self.last else None,
+            "best_return": self.best.mean_return if self.best else None,
+            "nodes": {name: self._member_status(name) for name in self.plan.nodes},
+        }
+
+    def _member_status(self, name: str) -> dict[str, Any]:
+        member = self.members.get(name)
+        if name == self.name:
+            progress, epoch, silent = self.progress(), self.epoch, 0.0
+        elif member is None:
+            return {"role": self.plan.nodes[name].kind, "state": "unheard", "gauges": {}, "counters": {}}
+        else:
+            silent = asyncio.get_running_loop().time() - member.heard
+            progress, epoch = member.progress, member.epoch
+        return {
+            "role": progress.role,
+            "pid": progress.pid,
+            "host": progress.host,
+            "epoch": f"{epoch:016x}",
+            "started": progress.started,
+            "state": progress.state,
+            "silent_s": round(silent, 1),
+            "package": progress.package,
+            "gauges": progress.gauges,
+            "counters": progress.counters,
+            "error": progress.error,
+        }
+
+    def _write_result(self) -> None:
+        first = max((m.progress.gauges.get("first_update_at", 0) for m in self.members.values()), default=0)
+        final = self.confirmed or self.last
+        result = {
+            "reason": self.reason,
+            "return": final.mean_return if final else None,
+            "confirmed": self.confirmed is not None,
+            "env_steps": self._env_steps(),
+            "updates": int(self._gauge_of("learner", "updates")),
+            "steps_per_s": self._steps_per_s(float("inf")),
+            "first_update_s": first - self.began if first else None,
+            "overhead": {n: shares(m.progress.counters).get("overhead") for n, m in self.members.items()},
+            "shares": {n: shares(m.progress.counters) for n, m in self.members.items()},
+            "seed": self.plan.seed,
+        }
+        for life, counters in self.lives.items():
+            (self.run_dir / "ledger" / f"{life}.json").write_text(json.dumps(counters))
+        temporary = self.run_dir / "result.json.tmp"
+        temporary.write_text(json.dumps(result, indent=1))
+        temporary.rename(self.run_dir / "result.json")
+        self.metrics.close()

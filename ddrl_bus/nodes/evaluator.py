@@ -1,0 +1,115 @@
+"""The evaluator: plays pinned weights with exploration off and reports the mean return."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from ddrl_bus import algos, envs
+from ddrl_bus.algos.acting import Policy, make_policy
+from ddrl_bus.checkpoint import Checkpoint
+from ddrl_bus.messages import Evaluation, Weights, parse
+from ddrl_bus.metrics import clock
+from ddrl_bus.nodes.base import ROLES, Node
+from ddrl_bus.topology.plan import Plan
+from ddrl_bus.transport.wire import Message
+
+MAX_STEPS: Final = 100_000
+"""Steps after which an evaluation episode counts as over, for environments without a time limit."""
+
+
+class Evaluator(Node):
+    role: ClassVar[str] = "evaluator"
+
+    async def start(self) -> None:
+        self.options: Any = self.node.options
+        self.weights = self.open_subscriber("weights")
+        self.policy = make_policy(self.algorithm, self.plan.algo, self.spaces, self.seeds(stream=1))
+        self.clocks = {name: clock(self.ledger, name) for name in ("evaluate", "unpack", "weights_wait")}
+        self.played = 0
+
+    async def run(self) -> None:
+        """Play every `every` seconds, and at once what the controller wants confirmed."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self.options.every
+        while not self.draining.is_set():
+            with self.clocks["weights_wait"]:
+                message = await self.until(self.weights.next(), self.draining)
+            if message is None:
+                return
+            weights = parse(Weights, message)
+            if not weights.confirm and loop.time() < due:
+                await self.until(asyncio.sleep(min(0.05, due - loop.time())), self.draining)
+                continue
+            await self._evaluate(message, weights)
+            due = loop.time() + self.options.every
+
+    async def _evaluate(self, message: Message, weights: Weights) -> None:
+        with self.clocks["unpack"]:
+            self.policy.load(message.arrays)
+        self.played += 1
+        returns = await self.compute(self._play, self.played)
+        self.evaluation = Evaluation(
+            mean_return=float(np.mean(returns)),
+            episodes=len(returns),
+            version=weights.updates,
+            learner_epoch=message.epoch,
+            env_steps=weights.env_steps,
+            confirm=weights.confirm,
+            number=self.played,
+        )
+        self.log.info("return=%.1f updates=%d", self.evaluation.mean_return, weights.updates)
+        self.report()
+
+    def _play(self, number: int) -> list[float]:
+        with self.clocks["evaluate"]:
+            seeds = self.seeds(restart=number, stream=2)
+            return play(self.policy, self.env, self.options.episodes, seeds, greedy=self.options.greedy)
+
+
+def play(
+    policy: Policy, env: envs.EnvConfig, episodes: int, seeds: np.random.SeedSequence, *, greedy: bool = True
+) -> list[float]:
+    """Undiscounted returns of `episodes` full episodes, one in each of as many environments.
+
+    One each, so that short episodes are not counted more often than long ones.
+    """
+    group = envs.VectorEnv(env, episodes, seeds)
+    returns: dict[int, float] = {}
+    obs, memory = group.reset(), policy.initial_state(episodes)
+    for _ in range(MAX_STEPS):
+        acted = policy.act(obs, memory, greedy=greedy)
+        step = group.step(acted.action)
+        obs, memory = step.obs, acted.state
+        for index, (episode_return, _) in zip(step.final_index.tolist(), step.episodes, strict=True):
+            returns.setdefault(index, episode_return)
+        if len(returns) == episodes:
+            break
+    group.close()
+    return list(returns.values())
+
+
+def evaluate(plan: Plan, saved: Checkpoint, episodes: int, seed: int, *, greedy: bool = True) -> dict[str, Any]:
+    """What the weights of a checkpoint are worth: the closing object of `ddrl eval`."""
+    env = envs.EnvConfig(**plan.env.model_dump())
+    algorithm = algos.algorithm(plan.algo_name)
+    policy = make_policy(algorithm, plan.algo, envs.describe(env), seed)
+    policy.load(_net(saved.arrays))
+    seeds = np.random.SeedSequence([seed, ROLES.index("evaluator")])
+    returns = play(policy, env, episodes, seeds, greedy=greedy)
+    return {
+        "return": float(np.mean(returns)),
+        "min": min(returns),
+        "max": max(returns),
+        "episodes": len(returns),
+        "env_steps": saved.values["env_steps"],
+        "updates": saved.values["updates"],
+        "seed": seed,
+    }
+
+
+def _net(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("net."): array for name, array in arrays.items() if name.startswith("net.")}
