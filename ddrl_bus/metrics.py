@@ -18,7 +18,8 @@ from ddrl_bus.transport.ledger import Counter, Ledger
 WORK: Final = ("env", "forward", "record", "learn", "evaluate")
 """What the same loop without a bus would spend as well."""
 COMMUNICATION: Final = ("pack", "send", "unpack", "handoff")
-"""What the bus adds: encoding, handing over, decoding and loading, and switching between the loop and its work."""
+"""What the bus adds: encoding, handing over, decoding and loading, and the rest of the time in which the node's thread
+stood idle without waiting for a peer (`idle` in the ledger, less the waits)."""
 WAITS: Final = ("send_wait", "queue_wait", "weights_wait")
 """Waiting because a peer is the bottleneck: no credit left, no batch full yet, no newer weights yet."""
 
@@ -55,9 +56,10 @@ def shares(counters: Mapping[str, int], before: Mapping[str, int] | None = None)
     before = before or {}
     spent = {
         what: counters.get(f"time/{what}", 0) - before.get(f"time/{what}", 0)
-        for what in (*WORK, *COMMUNICATION, *WAITS)
+        for what in (*WORK, *COMMUNICATION, *WAITS, "idle")
     }
     waited = sum(spent[what] for what in WAITS)
+    spent["handoff"] = max(0, spent.pop("idle") - waited)
     busy = sum(spent.values()) - waited
     if busy <= 0:
         return {}

@@ -8,6 +8,8 @@ straight into the bytes that will travel.
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from typing import Any, ClassVar, Final
 
 from ddrl_bus.algos.acting import State, make_policy
@@ -21,6 +23,9 @@ from ddrl_bus.transport.wire import Arena, Array, Message
 
 ENV_FAULTS: Final = 3
 """Faults in a row after which an actor gives up on its environment."""
+
+Played = tuple[Arena, dict[str, Any]]
+"""An unroll and its fields, ready to be sent."""
 
 
 class Actor(Node):
@@ -50,51 +55,76 @@ class Actor(Node):
         self.clocks = {name: clock(self.ledger, name) for name in names}
         # `max_lag: 0` is lock-step: no unroll starts with weights that the last one was played with.
         self.lockstep = self.ports["trajectories"].link.max_lag == 0
+        self.newest: Message | None = None
+        self.loaded: Message | None = None
         self.version = self.learner_epoch = -1
         self._new_env(restart=0)
 
     async def run(self) -> None:
-        faults = 0
-        if not await self._fresh_weights():
-            return
-        while not self.draining.is_set():
-            if (newer := self.weights.latest()) is not None:
-                self._load(newer)
-            try:
-                arena, episodes = await self.compute(self._unroll)
-            except EnvError as error:
-                faults += 1
-                if faults >= ENV_FAULTS:
-                    raise
-                self._rebuild(error, faults)
-                continue
-            faults = 0
-            if not await self._send(arena, episodes):
+        playing: deque[asyncio.Future[Played]] = deque()
+        fresh = await self._fresh_weights()
+        while fresh and not self.draining.is_set():
+            self.newest = self.weights.latest() or self.newest
+            while len(playing) < self._ahead():
+                playing.append(self.submit(self._play))
+            if not await self._send(await playing.popleft()):
                 break
-            if self.lockstep and not await self._fresh_weights():
-                break
+            fresh = not self.lockstep or await self._fresh_weights()
+        await asyncio.gather(*playing)
         await self.trajectories.flush(self.plan.grace)
 
-    # ---- weights
+    def _ahead(self) -> int:
+        """Unrolls in the making: a second one hides the switch between loop and thread, if it will find credit."""
+        return 2 if self.trajectories.credit > 1 and not self.lockstep else 1
 
     async def _fresh_weights(self) -> bool:
-        """Wait for weights newer than those we act with; False if the node drains first."""
+        """Wait for weights newer than the last ones taken; False if the node drains first."""
         with self.clocks["weights_wait"]:
             message = await self.until(self.weights.next(), self.draining)
-        if message is not None:
-            self._load(message)
+        self.newest = message or self.newest
         return message is not None
 
-    def _load(self, message: Message) -> None:
+    async def _send(self, played: Played) -> bool:
+        """Hand the unroll over; False if the node drains while nobody has room for it."""
+        with self.clocks["send"]:
+            if self.trajectories.try_send(*played):
+                return True
+        with self.clocks["send_wait"]:
+            return bool(await self.until(self._sent(played), self.draining))
+
+    async def _sent(self, played: Played) -> bool:
+        await self.trajectories.send(*played)
+        return True
+
+    # ---- on the compute thread
+
+    def _play(self) -> Played:
+        """One unroll with the newest weights. Environments that fail are rebuilt, and the unroll starts over.
+
+        What was half played is dropped: where it broke off is no end of an episode.
+        """
+        self._load()
+        for fault in range(1, ENV_FAULTS + 1):
+            try:
+                return self._unroll()
+            except EnvError as error:
+                if fault == ENV_FAULTS:
+                    raise
+                self.env_faults.add()
+                self.log.error("environments rebuilt, fault %d of %d in a row: %s", fault, ENV_FAULTS, error)
+                self.env_group.close()
+                self._new_env(restart=self.env_faults.value)
+        raise AssertionError("unreachable")
+
+    def _load(self) -> None:
+        if self.newest is None or self.newest is self.loaded:
+            return
         with self.clocks["unpack"]:
-            weights = parse(Weights, message)
-            self.policy.load(message.arrays)
-            self.version, self.learner_epoch = weights.updates, message.epoch
+            weights = parse(Weights, self.newest)
+            self.policy.load(self.newest.arrays)
+            self.loaded, self.version, self.learner_epoch = self.newest, weights.updates, self.newest.epoch
 
-    # ---- one unroll
-
-    def _unroll(self) -> tuple[Arena, list[tuple[float, int]]]:
-        """T steps of every environment, on the compute thread."""
+    def _unroll(self) -> Played:
         with self.clocks["pack"]:
             unroll = Unroll(self.layout)
         rows, env, forward, record = unroll.rows, self.clocks["env"], self.clocks["forward"], self.clocks["record"]
@@ -121,36 +151,13 @@ class Actor(Node):
                         unroll.truncated(t, step.final_index[cut], step.final_obs[cut])
         self.env_steps.add(self.schema.unroll * self.envs)
         with self.clocks["pack"]:
-            return unroll.finish(), episodes
-
-    async def _send(self, arena: Arena, episodes: list[tuple[float, int]]) -> bool:
-        """Hand the unroll over; False if the node drains while nobody has room for it."""
-        fields = fields_of(
-            Trajectory(self.version, self.learner_epoch, [r for r, _ in episodes], [n for _, n in episodes])
-        )
-        with self.clocks["send"]:
-            if self.trajectories.try_send(arena, fields):
-                return True
-        with self.clocks["send_wait"]:
-            return bool(await self.until(self._sent(arena, fields), self.draining))
-
-    async def _sent(self, arena: Arena, fields: dict[str, Any]) -> bool:
-        await self.trajectories.send(arena, fields)
-        return True
-
-    # ---- environments
+            returns, lengths = [r for r, _ in episodes], [n for _, n in episodes]
+            return unroll.finish(), fields_of(Trajectory(self.version, self.learner_epoch, returns, lengths))
 
     def _new_env(self, restart: int) -> None:
         self.env_group = VectorEnv(self.env, self.envs, self.seeds(restart))
         self.obs = self.env_group.reset()
         self.memory = self.policy.initial_state(self.envs)
-
-    def _rebuild(self, error: EnvError, faults: int) -> None:
-        """Start the environments anew; the half-played unroll is dropped, for its end is no end of the MDP."""
-        self.env_faults.add()
-        self.log.error("environments rebuilt, fault %d of %d in a row: %s", faults, ENV_FAULTS, error)
-        self.env_group.close()
-        self._new_env(restart=self.env_faults.value)
 
     def gauge(self) -> dict[str, float]:
         return {"env_steps": self.env_steps.value, "version": self.version, "credit": self.trajectories.credit}

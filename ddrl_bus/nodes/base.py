@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -39,6 +40,8 @@ HEARTBEAT_S: Final = 0.5
 """Application heartbeat: it comes from the event loop, so a node whose loop hangs goes silent."""
 ANSWER_S: Final = 2.0
 """How long a heartbeat waits for the controller before it is given up; training goes on without one."""
+KINDS: Final = {"actor": "Actor", "learner": "Learner", "evaluator": "Evaluator", "controller": "Controller"}
+"""Kind → class, in the module of that name; it is imported when a node of the kind is made."""
 ROLES: Final = ("controller", "learner", "actor", "evaluator")
 """Order is part of every seed: append only."""
 
@@ -85,7 +88,8 @@ class Node(ABC):
         self._report = asyncio.Event()
         self._started = time.time()
         self._inline = hub is not None
-        self._handoff = self.ledger.counter("time", "handoff")
+        self._idle = self.ledger.counter("time", "idle")
+        self._idle_since = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-compute")
 
     # ---- what a role writes
@@ -128,15 +132,23 @@ class Node(ABC):
         life = self.epoch >> 32
         return np.random.SeedSequence([self.plan.seed, ROLES.index(self.role), self.node.index, life + restart, stream])
 
-    async def compute(self, work: Callable[..., T], *args: Any) -> T:
-        """`work(*args)` on this node's thread. The time it takes to get there and back counts as `handoff`."""
+    def submit(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """Queue `work(*args)` on this node's thread; it runs as soon as what was queued before is done."""
         if self._inline:
-            await asyncio.sleep(0)
+            return asyncio.ensure_future(_inline(work, args))
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._on_thread, work, args)
+
+    async def compute(self, work: Callable[..., T], *args: Any) -> T:
+        """`work(*args)` on this node's thread."""
+        return await self.submit(work, *args)
+
+    def _on_thread(self, work: Callable[..., T], args: tuple[Any, ...]) -> T:
+        if self._idle_since:
+            self._idle.add(time.perf_counter_ns() - self._idle_since)
+        try:
             return work(*args)
-        began = time.perf_counter_ns()
-        result, inside = await asyncio.get_running_loop().run_in_executor(self._thread, _timed, work, args)
-        self._handoff.add(time.perf_counter_ns() - began - inside)
-        return result
+        finally:
+            self._idle_since = time.perf_counter_ns()
 
     async def until(self, waiting: Coroutine[Any, Any, T], *events: asyncio.Event) -> T | None:
         """What `waiting` gives, or None once one of `events` is set. For waits that cancellation does not harm."""
@@ -288,10 +300,22 @@ class Node(ABC):
         self.enter("draining")
 
 
-def _timed(work: Callable[..., T], args: tuple[Any, ...]) -> tuple[T, int]:
-    began = time.perf_counter_ns()
-    result = work(*args)
-    return result, time.perf_counter_ns() - began
+async def serve(
+    plan: Plan, name: str, *, run_dir: Path, epoch: int, hub: MemoryHub | None = None, stop: asyncio.Event
+) -> None:
+    """Run one node to its end: until it drained, because the run is over or `stop` was set.
+
+    Raises:
+        Exception: the first that anything in it raised, as it was.
+    """
+    kind = plan.nodes[name].kind
+    cls: type[Node] = getattr(import_module(f"ddrl_bus.nodes.{kind}"), KINDS[kind])
+    await cls(plan, name, run_dir, epoch, hub).live(stop)
+
+
+async def _inline(work: Callable[..., T], args: tuple[Any, ...]) -> T:
+    await asyncio.sleep(0)
+    return work(*args)
 
 
 def _first(errors: BaseExceptionGroup[Exception]) -> Exception:

@@ -26,6 +26,9 @@ from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.transport.wire import Arena, Array, Layout, Message
 
+Updated = tuple[Slot, Arena | None]
+"""A slot that was trained on, and the weights that came of it, if they are due to be published."""
+
 
 class Learner(Node):
     role: ClassVar[str] = "learner"
@@ -135,33 +138,48 @@ class Learner(Node):
     # ---- training
 
     async def _train_until_drained(self, assembling: asyncio.Task[None]) -> None:
+        training: deque[asyncio.Future[Updated]] = deque()
         while not self.draining.is_set():
             if assembling.done():
                 assembling.result()
-            self.control_changed.clear()
-            if self.control.confirm > self.confirmed:
-                await self._publish_for_confirmation()
-            if self.done is None and self._budget_spent():
-                self.done = "steps"
-                self.report()
-            if self.done is not None or self.control.phase != "run":
-                await self.until(self.control_changed.wait(), self.draining)
-                continue
-            slot = await self._next_batch()
-            if slot is not None:
-                await self._train(slot)
+            while self._may_train(len(training)):
+                training.append(self.submit(self._update, self.ready.get_nowait()))
+            if training:
+                self._updated(await training.popleft())
+            else:
+                await self._attend()
+        for update in training:
+            self._updated(await update)
 
-    async def _next_batch(self) -> Slot | None:
-        """The next full slot; None if something else wants attention first."""
-        if not self.ready.empty():
-            return self.ready.get_nowait()
+    def _may_train(self, ahead: int) -> bool:
+        """Whether to hand the thread another batch: a second one hides the switch between loop and thread."""
+        steps = self.plan.stop.steps
+        rows = self.plan.algo.batch * self.plan.algo.unroll
+        if self.control.phase != "run" or (steps is not None and self.algo.env_steps + ahead * rows >= steps):
+            return False
+        return ahead < 2 and not self.ready.empty()
+
+    async def _attend(self) -> None:
+        """Nothing is being trained: see to the controller's wishes, or wait for a batch."""
+        self.control_changed.clear()
+        if self.control.confirm > self.confirmed:
+            self.confirmed = self.control.confirm
+            self._publish(await self.compute(self._snapshot), self.confirmed)
+        if self.plan.stop.steps is not None and self.algo.env_steps >= self.plan.stop.steps and self.done is None:
+            self.done = "steps"
+            self.report()
+        if self.done is not None or self.control.phase != "run":
+            await self.until(self.control_changed.wait(), self.draining)
+            return
         with self.clocks["queue_wait"]:
-            return await self.until(self.ready.get(), self.draining, self.control_changed)
+            await self.until(self._batch_ready(), self.draining, self.control_changed)
 
-    async def _train(self, slot: Slot) -> None:
-        lag = self.algo.updates - slot.version[0]
-        self.lags.extend(lag.tolist())
-        arena = await self.compute(self._update, slot)
+    async def _batch_ready(self) -> None:
+        slot = await self.ready.get()
+        self.ready.put_nowait(slot)
+
+    def _updated(self, updated: Updated) -> None:
+        slot, arena = updated
         self.trained.add(slot.messages)
         slot.clear()
         self.free.put_nowait(slot)
@@ -171,8 +189,9 @@ class Learner(Node):
         if arena is not None:
             self._publish(arena)
 
-    def _update(self, slot: Slot) -> Arena | None:
+    def _update(self, slot: Slot) -> Updated:
         """One update, on the compute thread; a snapshot of the weights if they are due."""
+        self.lags.extend((self.algo.updates - slot.version[0]).tolist())
         with self.clocks["learn"]:
             index, obs = slot.final_rows(self.schema.obs)
             rows = slot.rows
@@ -190,11 +209,7 @@ class Learner(Node):
             self.metrics.update(self.algo.step(batch))
         if time.monotonic() >= self.checkpoint_at:
             self._save()
-        return self._snapshot() if self.algo.updates % self.publish_every == 0 else None
-
-    def _budget_spent(self) -> bool:
-        steps = self.plan.stop.steps
-        return steps is not None and self.algo.env_steps >= steps
+        return slot, self._snapshot() if self.algo.updates % self.publish_every == 0 else None
 
     # ---- weights
 
@@ -211,16 +226,10 @@ class Learner(Node):
             weights = Weights(self.algo.env_steps, self.algo.updates, confirm)
             self.weights.publish(self.published, arena, fields_of(weights))
 
-    async def _publish_for_confirmation(self) -> None:
-        self.confirmed = self.control.confirm
-        self._publish(await self.compute(self._snapshot), self.confirmed)
-
     # ---- the end
 
     async def _settle(self) -> None:
         """Account for what came and will not be trained on, and save what was learnt."""
-        while not self.ready.empty():
-            self._evict("drained", self.ready.get_nowait().messages)
         while self.trajectories.try_recv() is not None:
             pass
         books = self.ledger.snapshot()
