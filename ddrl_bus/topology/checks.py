@@ -1,0 +1,168 @@
+"""What must hold between sections: a plan that passes can start, and can fill its first batch."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+
+from ddrl_bus.errors import EnvError
+from ddrl_bus.topology.plan import TCP_PORTS, LinkPlan, Plan
+from ddrl_bus.topology.schema import MAX_NODES, ActorOptions, Catalog, NodeOptions, one_of
+from ddrl_bus.topology.tree import Node, Problems, came, dotted
+
+MAX_IPC_PATH = 106  # bytes: sun_path holds 108 with its NUL, and libzmq keeps one
+CREDITS_SUFFIX = ".c"  # a queue's second endpoint
+
+# ── groups ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_groups(groups: Mapping[str, NodeOptions], hosts: Mapping[str, str], nodes: Node, problems: Problems) -> None:
+    """Counts, hosts and bundles."""
+    if (total := sum(options.count for options in groups.values())) > MAX_NODES:
+        problems.add(nodes, "nodes", f"{total:,} nodes, expected at most {MAX_NODES:,}")
+    for kind, why in (
+        ("controller", "a run has one controller"),
+        ("learner", "several learners cannot share their weights yet"),
+    ):
+        of_kind = [name for name, options in groups.items() if options.kind == kind]
+        if (count := sum(groups[name].count for name in of_kind)) > 1:
+            group = of_kind[-1]
+            at, path = _option(nodes, group, "count")
+            problems.add(at, path, f"{count} nodes of kind {kind}, expected 1: {why}")
+        elif count == 0 and kind == "controller" and of_kind:
+            at, path = _option(nodes, of_kind[0], "count")
+            problems.add(at, path, f"got 0, expected 1: {why}")
+    for group, options in groups.items():
+        for place, host in enumerate(options.host or ()):
+            if host not in hosts:
+                at, path = nodes.find((group, "host", place)), dotted(("nodes", group, "host"))
+                problems.add(at, path, f"no host {came(host)}; {one_of(host, hosts)}")
+    _check_bundles(groups, nodes, problems)
+
+
+def _check_bundles(groups: Mapping[str, NodeOptions], nodes: Node, problems: Problems) -> None:
+    counts: dict[str, tuple[str, int]] = {}
+    for group, options in groups.items():
+        if options.bundle is None:
+            continue
+        first, count = counts.setdefault(options.bundle, (group, options.count))
+        at, path = _option(nodes, group, "bundle")
+        if count != options.count:
+            problems.add(
+                at, path, f"{group} has {options.count} nodes and {first} has {count}; a bundle needs equal counts"
+            )
+        else:
+            problems.add(at, path, "bundles cannot run yet; leave it out: each node gets a process of its own")
+
+
+def _option(nodes: Node, group: str, key: str) -> tuple[Node, str]:
+    return nodes.find((group, key)), dotted(("nodes", group, key))
+
+
+# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_batches(
+    algo: object, groups: Mapping[str, NodeOptions], link: LinkPlan | None, root: Node, problems: Problems
+) -> None:
+    """Whether the learner's batch of `algo.batch` columns can fill before every actor waits for credit."""
+    batch = getattr(algo, "batch", None)
+    actors = [groups[name] for name in link.sources if name in groups] if link else []
+    senders = [options for options in actors if isinstance(options, ActorOptions)]
+    if not isinstance(batch, int) or link is None or not senders or len(senders) != len(actors):
+        return
+    columns = sum(options.count * options.envs for options in senders)
+    sum_text = " + ".join(f"{options.count} × {options.envs}" for options in senders)
+    if link.max_lag == 0:
+        _check_lock_step(batch, columns, sum_text, link, root, problems)
+    elif columns * link.window < batch:
+        most = columns * link.window
+        problems.add(
+            root.find(("algo", "batch")),
+            "algo.batch",
+            f"can never fill: {batch} columns are needed, but the actors wait after {most} "
+            f"(actors × envs × window: ({sum_text}) × {link.window}); set algo.batch to {most} or less, "
+            f"or raise nodes.*.envs, nodes.*.count or links.{link.name}.window",
+        )
+
+
+def _check_lock_step(batch: int, columns: int, sum_text: str, link: LinkPlan, root: Node, problems: Problems) -> None:
+    """max_lag 0: every actor waits for the version made from its last unroll, so one round is one batch."""
+    path = ("links", link.name)
+    if link.window != 1:
+        message = f"got {link.window}, expected 1: with max_lag 0 an actor has one unroll under way"
+        problems.add(root.find((*path, "window")), dotted((*path, "window")), message)
+    if batch != columns:
+        why = "it can never fill" if batch > columns else "rounds would mix"
+        problems.add(
+            root.find(("algo", "batch")),
+            "algo.batch",
+            f"got {batch}, expected {columns} (actors × envs: {sum_text}): with max_lag 0 one round of all actors "
+            f"is one batch, else {why}; set algo.batch to {columns}, or leave links.{link.name}.max_lag out",
+        )
+
+
+def check_stop(groups: Iterable[NodeOptions], stops_by_reward: bool, root: Node, problems: Problems) -> None:
+    """A reward to stop at needs somebody to measure it."""
+    if stops_by_reward and not any(options.kind == "evaluator" and options.count for options in groups):
+        message = "needs an evaluator to measure it; leave it out, or let nodes.evaluator have a count of 1"
+        problems.add(root.find(("stop", "reward")), "stop.reward", message)
+
+
+# ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_addresses(plan: Plan, root: Node, problems: Problems) -> None:
+    """Ports in range and bound once; ipc paths short enough."""
+    taken: dict[tuple[str, int], str] = {}
+    for (name, link_name), bind in plan.binds.items():
+        host = plan.nodes[name].host
+        at, path = root.find(("hosts", host)), dotted(("hosts", host))
+        for port in range(bind.port, bind.port + TCP_PORTS[plan.links[link_name].kind]) if bind.far else ():
+            user = f"{name}.{link_name} on {host}"
+            first = taken.setdefault((bind.address, port), user)
+            if port > 65535:
+                problems.add(at, path, f"{user} would get tcp port {port}, expected at most 65535: lower `port`")
+            elif first != user:
+                message = f"{bind.address}:{port} is taken twice, by {first} and by {user}; give this host"
+                problems.add(at, path, f"{message} a first port of its own: {bind.address}:{plan.port + 100}")
+        _check_ipc(plan, bind.near, root, problems)
+
+
+def _check_ipc(plan: Plan, address: str | None, root: Node, problems: Problems) -> None:
+    path = address.removeprefix("ipc://") + CREDITS_SUFFIX if address and address.startswith("ipc:") else ""
+    if (size := len(path.encode(errors="surrogateescape"))) > MAX_IPC_PATH:
+        message = f"ipc path of {size} bytes, expected at most {MAX_IPC_PATH}: {came(path)}; set TMPDIR to a shorter"
+        problems.add(root, "", f"{message} directory, or shorten the run id and the names of groups")
+
+
+def check_security(plan: Plan, root: Node, problems: Problems) -> None:
+    """Links that would leave their machine in the open without being told to."""
+    for (name, link_name), bind in plan.binds.items():
+        if bind.far and not plan.links[link_name].insecure and not is_loopback(bind.address):
+            path = ("links", link_name)
+            message = (
+                f"{name} would bind {bind.far} without encryption or authentication; set insecure: true on the "
+                "link, or once for all links at the top level, if only machines you trust reach that network "
+                "(CURVE keys come in a later version)"
+            )
+            written = link_name in root.find(["links"]).children()
+            at = root.find(path if written else ("hosts", plan.nodes[name].host))
+            problems.add(at, dotted(path), message)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address as `split_address` gives it stays on its machine; a DNS name is not trusted to."""
+    try:
+        return ipaddress.ip_address(address.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_env(plan: Plan, catalog: Catalog, root: Node, problems: Problems) -> None:
+    """Whether the environment can be made on this host, if the catalog can tell."""
+    if catalog.probe_env:
+        try:
+            catalog.probe_env(plan.env)
+        except EnvError as error:
+            problems.add(root.find(("env", "id")), "env.id", str(error))

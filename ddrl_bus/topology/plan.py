@@ -1,0 +1,225 @@
+"""A topology after every default, variable and link is filled in: what each node is, and whom it talks to.
+
+Every host computes the same plan from the same file, addresses included, so nothing is negotiated at start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ddrl_bus.topology.schema import (
+    CheckpointSettings,
+    EnvSettings,
+    NodeOptions,
+    Section,
+    StopSettings,
+    split_address,
+)
+from ddrl_bus.topology.tree import Plain, emit
+
+LinkKind = Literal["queue", "latest", "request"]
+OnLoss = Literal["count", "resend"]
+SYSTEM_LINKS = ("progress", "control")  # they take a host's first ports: adding a link does not move them
+TCP_PORTS: Mapping[LinkKind, int] = {"queue": 2, "latest": 1, "request": 1}  # a queue's second carries the credits
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """One node: a process's worth of work."""
+
+    name: str
+    group: str
+    kind: str
+    index: int
+    host: str
+    bundle: str | None
+    options: NodeOptions
+
+
+@dataclass(frozen=True)
+class LinkPlan:
+    """One link between groups. `window` counts messages; `max_lag` counts versions, None is no bound."""
+
+    name: str
+    kind: LinkKind
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    window: int
+    on_loss: OnLoss
+    max_lag: int | None
+    insecure: bool
+
+    @property
+    def binding_side(self) -> Literal["out", "in"]:
+        """Who binds: the publisher of a `latest`, the receiver of a `queue`, the server of a `request`."""
+        return "out" if self.kind == "latest" else "in"
+
+
+@dataclass(frozen=True)
+class Port:
+    """A node's end of a link: it binds (`binds`) or connects (`peers`: node name -> address), never both."""
+
+    link: LinkPlan
+    side: Literal["out", "in"]
+    binds: tuple[str, ...] = ()
+    peers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bind:
+    """What one node binds for one link: an address for peers on its host, one for the others, or both."""
+
+    near: str | None
+    far: str | None
+    address: str = ""  # of `far`
+    port: int = 0
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(address for address in (self.near, self.far) if address)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. `hosts` maps a name to `address` or `address:first port`; `grace` is in seconds."""
+
+    name: str
+    run_id: str
+    seed: int
+    env: EnvSettings
+    algo_name: str
+    algo: Any
+    groups: Mapping[str, NodeOptions]
+    links: Mapping[str, LinkPlan]
+    stop: StopSettings
+    checkpoint: CheckpointSettings
+    grace: float
+    hosts: Mapping[str, str]
+    port: int
+    in_process: bool = False
+    ipc_dir: Path = field(default=Path(), compare=False)  # this machine's; another host may keep it elsewhere
+
+    @cached_property
+    def nodes(self) -> dict[str, NodePlan]:
+        """Node name -> node, group by group."""
+        return {node.name: node for group, options in self.groups.items() for node in _deal(group, options)}
+
+    def on_host(self, host: str) -> tuple[NodePlan, ...]:
+        return tuple(node for node in self.nodes.values() if node.host == host)
+
+    def members(self, groups: tuple[str, ...]) -> Iterator[NodePlan]:
+        """The nodes of these groups."""
+        return (node for node in self.nodes.values() if node.group in groups)
+
+    def ports(self, node_name: str) -> dict[str, Port]:
+        """Link name -> this node's end of it.
+
+        Raises:
+            KeyError: no such node.
+        """
+        node = self.nodes[node_name]
+        ports = {}
+        for link in self.links.values():
+            side: Literal["out", "in"] = "out" if node.group in link.sources else "in"
+            if node.group not in link.sources + link.targets:
+                continue
+            if side == link.binding_side:
+                ports[link.name] = Port(link, side, binds=self.binds[node.name, link.name].addresses)
+            else:
+                ports[link.name] = Port(link, side, peers=dict(self._peers(node, link)))
+        return ports
+
+    def _peers(self, node: NodePlan, link: LinkPlan) -> Iterator[tuple[str, str]]:
+        binders = link.sources if link.binding_side == "out" else link.targets
+        for peer in self.members(binders):
+            bind = self.binds[peer.name, link.name]
+            address = bind.near if self.in_process or peer.host == node.host else bind.far
+            assert address, f"{peer.name} does not bind {link.name} for {node.name}"
+            yield peer.name, address
+
+    @cached_property
+    def binds(self) -> dict[tuple[str, str], Bind]:
+        """(node, link) -> what it binds. Each host's tcp ports count up: progress, control, then as written."""
+        free = {host: split_address(text) for host, text in self.hosts.items()}
+        next_port = {host: split[1] or self.port for host, split in free.items() if split}
+        binds = {}
+        system = [self.links[name] for name in SYSTEM_LINKS if name in self.links]
+        for link in [*system, *(link for link in self.links.values() if link.name not in SYSTEM_LINKS)]:
+            out = link.binding_side == "out"
+            binders, others = (link.sources, link.targets) if out else (link.targets, link.sources)
+            hosts = {node.host for node in self.members(others)}
+            for node in self.members(binders):
+                # `ddrl status` asks over ipc, wherever the nodes are
+                near = node.host in hosts or link.name == "progress"
+                bind = self._bind(node, link, near, bool(hosts - {node.host}), next_port[node.host])
+                binds[node.name, link.name] = bind
+                next_port[node.host] += TCP_PORTS[link.kind] if bind.far else 0
+        return binds
+
+    def _bind(self, node: NodePlan, link: LinkPlan, near: bool, far: bool, port: int) -> Bind:
+        if self.in_process:
+            return Bind(f"memory://{node.name}.{link.name}", None)
+        ipc = f"ipc://{self.ipc_dir}/{node.name}.{link.name}" if near else None
+        split = split_address(self.hosts[node.host])
+        if not far or not split:
+            return Bind(ipc, None)
+        return Bind(ipc, f"tcp://{split[0]}:{port}", split[0], port)
+
+    def lock(self) -> str:
+        """The topology with nothing left to default, as YAML that `load` reads back to an equal plan.
+
+        A value that came from the environment is in it: keep secrets out of topologies.
+        """
+        data = {
+            "name": self.name,
+            "run_id": self.run_id,
+            "seed": self.seed,
+            "port": self.port,
+            "grace": self.grace,
+            "env": _section(self.env),
+            "algo": {"name": self.algo_name, **dataclasses.asdict(self.algo)},
+            "hosts": dict(self.hosts),
+            "nodes": {group: _section(options) for group, options in self.groups.items()},
+            "links": {name: _link(link) for name, link in self.links.items()},
+            "stop": _section(self.stop),
+            "checkpoint": _section(self.checkpoint),
+        }
+        return emit({key: _plain(value) for key, value in data.items()})
+
+    def digest(self) -> str:
+        """The default run id: the same wherever the same topology is read."""
+        return hashlib.sha256(dataclasses.replace(self, run_id="").lock().encode()).hexdigest()[:12]
+
+
+def _deal(group: str, options: NodeOptions) -> Iterator[NodePlan]:
+    hosts = options.host or ("local",)
+    for index in range(options.count):
+        host = hosts[index % len(hosts)]
+        yield NodePlan(f"{group}-{index}", group, options.kind, index, host, options.bundle, options)
+
+
+def _section(section: Section) -> dict[str, Any]:
+    return section.model_dump(exclude_none=True, by_alias=True)
+
+
+def _link(link: LinkPlan) -> dict[str, Any]:
+    data: dict[str, Any] = {"kind": link.kind, "from": link.sources, "to": link.targets}
+    if link.kind == "queue":
+        data |= {"window": link.window, "on_loss": link.on_loss}
+        data |= {} if link.max_lag is None else {"max_lag": link.max_lag}
+    return data | {"insecure": link.insecure}
+
+
+def _plain(value: Any) -> Plain:
+    """As YAML has it: tuples are lists, and `${` is written so that it is not expanded again."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value

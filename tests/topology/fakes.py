@@ -1,0 +1,60 @@
+"""A catalog with one algorithm, wired as IMPALA is, and helpers to load a topology from text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from ddrl_bus.errors import Problem, TopologyError
+from ddrl_bus.topology import AlgorithmEntry, Catalog, Plan, load
+
+TOPOLOGIES = Path(__file__).parents[2] / "topologies"
+
+
+@dataclass(frozen=True)
+class Config:
+    lr: float = 6e-4
+    """Adam's step size."""
+    unroll: int = 20
+    """Steps per unroll."""
+    batch: int = 64
+    gamma: float = 0.99
+    entropy_cost: float = 0.01
+    hidden: tuple[int, ...] = (64, 64)
+    reduction: Literal["sum", "mean"] = "sum"
+    clip: float | None = 40.0
+    anneal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gamma > 1:
+            raise ValueError(f"gamma: got {self.gamma}, expected at most 1")
+
+
+WIRING: Mapping[str, Mapping[str, object]] = {
+    "trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 2},
+    "weights": {"kind": "latest", "from": "learner", "to": ["actor", "evaluator"]},
+}
+CATALOG = Catalog({"impala": AlgorithmEntry(Config, WIRING)})
+
+HEAD = "name: t\nenv: {id: CartPole-v1}\nalgo: {name: impala}\n"
+NODES = "nodes: {actor: {count: 2, envs: 32}, learner: {}}\n"
+BASE = HEAD + NODES
+
+
+def load_text(tmp_path: Path, text: str | bytes, *overrides: str, **options: Any) -> Plan:
+    path = tmp_path / "t.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load(path, overrides=overrides, **{"catalog": CATALOG, "environ": {}, **options})
+
+
+def problems(tmp_path: Path, text: str | bytes, *overrides: str, **options: Any) -> Sequence[Problem]:
+    """What `load` refuses `text` for; files are shortened to their name."""
+    with pytest.raises(TopologyError) as caught:
+        load_text(tmp_path, text, *overrides, **options)
+    return [
+        Problem(p.file.replace(f"{tmp_path}/", ""), p.line, p.column, p.path, p.message) for p in caught.value.problems
+    ]

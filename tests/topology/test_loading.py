@@ -1,0 +1,269 @@
+"""What a file may say, and what comes of it: scalars, units, variables, overrides, `extends`, defaults."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import pytest
+
+from ddrl_bus.topology import load
+from ddrl_bus.topology.schema import ActorOptions, EvaluatorOptions, Size, split_address
+from ddrl_bus.topology.tree import came, resolve
+
+from .fakes import BASE, CATALOG, HEAD, Config, load_text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("6e-4", 6e-4),
+        ("1E5", 1e5),
+        ("1_000_000", 1_000_000),
+        ("-7", -7),
+        ("+7", 7),
+        ("007", 7),
+        ("0x1F", 31),
+        ("0o17", 15),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("1_0.2_5", 10.25),
+        (".inf", math.inf),
+        ("-.inf", -math.inf),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("no", "no"),
+        ("on", "on"),
+        ("12:30", "12:30"),
+        ("22:22", "22:22"),
+        ("1__0", "1__0"),
+        ("_1", "_1"),
+        ("1e", "1e"),
+        ("e5", "e5"),
+        ("nan", "nan"),
+        ("1.2.3", "1.2.3"),
+        ("9" * 5000, "9" * 5000),
+    ],
+)
+def test_plain_scalars_are_typed_as_people_expect(text: str, value: object) -> None:
+    assert resolve(text) == value
+    assert type(resolve(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2ms", 0.002), ("500us", 0.0005), ("1s", 1.0), ("1.5 s", 1.5), ("5m", 300.0), ("1h", 3600.0), ("7", 7.0)],
+)
+def test_durations_are_seconds(text: str, seconds: float, tmp_path: Path) -> None:
+    assert load_text(tmp_path, BASE + f"grace: {text}\n").grace == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"), [("64MiB", 64 << 20), ("2 GiB", 2 << 30), ("1.5KiB", 1536), ("7B", 7), (123, 123)]
+)
+def test_sizes_are_bytes(value: object, size: int) -> None:
+    assert pydantic.TypeAdapter(Annotated[Size, pydantic.Strict()]).validate_python(value) == size
+
+
+@pytest.mark.parametrize("value", ["64MB", "-1KiB", "0.3B", "", True, None, -1])
+def test_what_is_no_size_is_refused(value: object) -> None:
+    with pytest.raises(pydantic.ValidationError):
+        pydantic.TypeAdapter(Annotated[Size, pydantic.Strict()]).validate_python(value)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    plan = load_text(tmp_path, BASE)
+    assert (plan.seed, plan.port, plan.grace) == (1, 7077, 10.0)
+    assert (plan.checkpoint.every, plan.checkpoint.keep) == (60.0, 3)
+    assert (plan.stop.reward, plan.stop.steps, plan.stop.time) == (None, None, None)
+    assert plan.env.vectorization == "auto"
+    assert plan.algo == Config()
+    assert list(plan.nodes) == ["actor-0", "actor-1", "learner-0", "evaluator-0", "controller-0"]
+    assert plan.nodes["evaluator-0"].options == EvaluatorOptions(host=("local",))
+    assert {node.host for node in plan.nodes.values()} == {"local"}
+
+
+def test_algorithm_settings_become_its_own_config(tmp_path: Path) -> None:
+    text = BASE.replace("impala", "impala, lr: 3e-4, hidden: [32], reduction: mean, clip: null, anneal: true")
+    plan = load_text(tmp_path, text)
+    assert plan.algo == Config(lr=3e-4, hidden=(32,), reduction="mean", clip=None, anneal=True)
+    assert type(plan.algo) is Config
+
+
+def test_groups_may_have_names_of_their_own(tmp_path: Path) -> None:
+    nodes = "nodes: {fast: {kind: actor, envs: 64}, slow: {kind: actor, count: 2}, learner: }\n"
+    plan = load_text(tmp_path, HEAD + nodes)
+    assert [n for n in plan.nodes if plan.nodes[n].kind == "actor"] == ["fast-0", "slow-0", "slow-1"]
+    assert plan.links["trajectories"].sources == ("fast", "slow")
+    assert plan.links["weights"].targets == ("fast", "slow", "evaluator")
+
+
+def test_links_may_name_groups_or_their_kind(tmp_path: Path) -> None:
+    nodes = "nodes: {fast: {kind: actor, envs: 64}, slow: {kind: actor}, learner: {}}\n"
+    written = "links: {trajectories: {from: actor, window: 3}, weights: {to: [evaluator, slow, fast]}}\n"
+    plan = load_text(tmp_path, HEAD + nodes + written)
+    assert plan.links["trajectories"].sources == ("fast", "slow")
+    assert plan.links["trajectories"].window == 3
+    assert plan.links["weights"].targets == ("fast", "slow", "evaluator")
+
+
+def test_the_algorithms_wiring_is_used_when_links_are_left_out(tmp_path: Path) -> None:
+    written = "links:\n  trajectories: {kind: queue, from: actor, to: learner, window: 2}\n"
+    written += "  weights: {kind: latest, from: learner, to: [actor, evaluator]}\n"
+    assert load_text(tmp_path, BASE) == load_text(tmp_path, BASE + written)
+    assert list(load_text(tmp_path, BASE).links) == ["trajectories", "weights", "control", "progress"]
+
+
+def test_an_evaluator_is_left_out_by_a_count_of_zero(tmp_path: Path) -> None:
+    plan = load_text(tmp_path, BASE, "nodes.evaluator.count=0")
+    assert "evaluator-0" not in plan.nodes
+    assert plan.links["weights"].targets == ("actor",)
+
+
+def test_lock_step_fits_when_one_round_is_one_batch(tmp_path: Path) -> None:
+    plan = load_text(tmp_path, BASE, "links.trajectories={window: 1, max_lag: 0}")
+    assert (plan.links["trajectories"].window, plan.links["trajectories"].max_lag) == (1, 0)
+
+
+# ── variables ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "value"),
+    [
+        ("${A}", {"A": "x"}, "x"),
+        ("'${A}'", {"A": "3"}, 3),
+        ("${A}", {"A": "3e-4"}, 3e-4),
+        ("${A}", {"A": "[1, 2]"}, "[1, 2]"),
+        ("${A}", {"A": "${B}", "B": "x"}, "${B}"),
+        ("v${A}", {"A": "3"}, "v3"),
+        ("'${A}${B}'", {"A": "1", "B": "2"}, "12"),
+        ("${A:-7}", {}, 7),
+        ("${A:-7}", {"A": ""}, 7),
+        ("${A:-7}", {"A": "8"}, 8),
+        ("${A:-a:-b}", {}, "a:-b"),
+        ("'${A:?say it}'", {"A": "x"}, "x"),
+        ("$${A}", {}, "${A}"),
+        ("$$${A}", {"A": "x"}, "$${A}"),
+        ("$A $", {}, "$A $"),
+    ],
+)
+def test_variables(text: str, environ: dict[str, str], value: object, tmp_path: Path) -> None:
+    plan = load_text(
+        tmp_path, f"{BASE}".replace("{id: CartPole-v1}", f"\n  id: x\n  kwargs:\n    v: {text}"), environ=environ
+    )
+    assert plan.env.kwargs["v"] == value
+    assert type(plan.env.kwargs["v"]) is type(value)
+
+
+def test_an_overridden_variable_need_not_be_set(tmp_path: Path) -> None:
+    assert load_text(tmp_path, BASE + "seed: ${SEED:?which}\n", "seed=4").seed == 4
+
+
+# ── overrides ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_overrides_reach_every_section(tmp_path: Path) -> None:
+    plan = load_text(
+        tmp_path,
+        BASE + "stop: {reward: 475}\n",
+        "seed=7",
+        "algo.lr=3e-4",
+        "algo.hidden=[32, 32]",
+        "nodes.actor.count=4",
+        "nodes.evaluator.every=2ms",
+        "links.trajectories.window=3",
+        "stop.reward=",
+        "checkpoint.every=5m",
+        "env.kwargs={sutton_barto_reward: true}",
+        "name=a=b",
+        "name=other",
+    )
+    assert plan.seed == 7
+    assert plan.algo == Config(lr=3e-4, hidden=(32, 32))
+    assert plan.nodes["actor-3"].options == ActorOptions(count=4, envs=32, host=("local",))
+    assert plan.groups["evaluator"] == EvaluatorOptions(every=0.002, host=("local",))
+    assert (plan.links["trajectories"].window, plan.links["weights"].targets) == (3, ("actor", "evaluator"))
+    assert plan.stop.reward is None
+    assert plan.checkpoint.every == 300
+    assert plan.env.kwargs == {"sutton_barto_reward": True}
+    assert plan.name == "other"
+
+
+# ── extends ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "root.yaml").write_text(BASE + "stop: {steps: 5}\nseed: 2\n")
+    (tmp_path / "base" / "mid.yaml").write_text("extends: root.yaml\nalgo: {hidden: [1, 2, 3], lr: 1.0}\n")
+    plan = load_text(
+        tmp_path,
+        "extends: base/${MID}.yaml\nseed: 3\nnodes: {actor: {count: 3}}\nalgo: {hidden: [9]}\nstop: {time: 1h}\n",
+        environ={"MID": "mid"},
+    )
+    assert plan.seed == 3
+    assert plan.algo == Config(lr=1.0, hidden=(9,))
+    assert plan.groups["actor"] == ActorOptions(count=3, envs=32, host=("local",))
+    assert (plan.stop.steps, plan.stop.time) == (5, 3600)
+
+
+def test_a_file_may_be_named_by_a_symlink_and_start_with_a_byte_order_mark(tmp_path: Path) -> None:
+    plan = load_text(tmp_path, b"\xef\xbb\xbf" + BASE.encode())
+    (tmp_path / "link.yaml").symlink_to("t.yaml")
+    assert load(tmp_path / "link.yaml", catalog=CATALOG, environ={}) == plan
+
+
+# ── small parts ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        ("10.0.0.1", ("10.0.0.1", None)),
+        ("10.0.0.1:7100", ("10.0.0.1", 7100)),
+        ("localhost", ("127.0.0.1", None)),
+        ("GPU0.lan", ("gpu0.lan", None)),
+        ("gpu0:1", ("gpu0", 1)),
+        ("::1", ("[::1]", None)),
+        ("[FD00::5]:80", ("[fd00::5]", 80)),
+        ("[fd00::5]", ("[fd00::5]", None)),
+        ("*", None),
+        ("0.0.0.0", None),
+        ("[::]:1", None),
+        ("224.0.0.1", None),
+        ("fe80::1%eth0", None),
+        ("1.2.3", None),
+        ("", None),
+        (":7077", None),
+        ("a:0", None),
+        ("a b", None),
+        ("-a", None),
+        ("[gpu0]", None),
+        ("eth0;evil", None),
+    ],
+)
+def test_addresses(text: str, split: Any) -> None:
+    assert split_address(text) == split
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "nothing"),
+        (True, "true"),
+        ({}, "a mapping"),
+        ((1,), "a list"),
+        ("\x1b[31m", r"'\x1b[31m'"),
+        ("x" * 100, f"'{'x' * 76}..."),
+        ("ε", "'ε'"),
+    ],
+)
+def test_values_are_shown_on_one_safe_line(value: object, text: str) -> None:
+    assert came(value) == text
