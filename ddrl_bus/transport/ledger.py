@@ -50,6 +50,9 @@ class Ledger:
     """The counters of one life of one node; in the file `path`, or in memory only.
 
     The file is sparse: unused slots take no space.
+
+    Raises:
+        FileExistsError: `path` holds another life's counters.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -57,7 +60,7 @@ class Ledger:
         if path is None:
             self._page = mmap.mmap(-1, size)
         else:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 os.ftruncate(fd, size)
                 self._page = mmap.mmap(fd, size)
@@ -76,7 +79,7 @@ class Ledger:
 
     def _new(self, name: str) -> Counter:
         encoded, slot = name.encode(), len(self._counters)
-        if len(encoded) > _NAME or slot >= _SLOTS:
+        if not 0 < len(encoded) <= _NAME or b"\0" in encoded or slot >= _SLOTS:
             raise ValueError(f"ledger: cannot hold counter {name!r}: {len(encoded)} bytes, slot {slot} of {_SLOTS}")
         self._page[slot * _SLOT : slot * _SLOT + len(encoded)] = encoded
         return Counter(self._cells, slot * _CELLS + _CELLS - 1)
@@ -95,7 +98,7 @@ def read(path: Path) -> dict[str, int]:
     counters = {}
     with path.open("rb") as page:
         while name := (slot := page.read(_SLOT))[:_NAME].rstrip(b"\0"):
-            counters[name.decode()] = int.from_bytes(slot[_NAME:], "little", signed=True)
+            counters[name.decode(errors="replace")] = int.from_bytes(slot[_NAME:], "little", signed=True)
     return counters
 
 
@@ -122,7 +125,7 @@ def audit(lives: Iterable[Mapping[str, int]], living: frozenset[str] = frozenset
 
     A lane with a dead end can deliver nothing any more: what its sender produced and its receiver never saw is
     lost. Between two living ends it is in flight. More outcomes than products, or a message still in flight or
-    queued, leaves the link open.
+    queued at a living receiver, leaves the link open. What a dead receiver had queued stays `queued`: nobody took it.
 
     Args:
         lives: ledger snapshots, one per life, with sender and receiver counters of each lane.
@@ -138,15 +141,16 @@ def audit(lives: Iterable[Mapping[str, int]], living: frozenset[str] = frozenset
                 books[what] = books.get(what, 0) + value
     balances: dict[str, Balance] = {}
     for (link, lane), books in lanes.items():
-        balance = _lane_balance(books, open_lane=all(end in living for end in lane.split(">")))
+        sender, _, receiver = lane.partition(">")
+        balance = _lane_balance(books, sender_lives=sender in living, receiver_lives=receiver in living)
         balances[link] = _sum(balances.get(link, Balance()), balance)
     return balances
 
 
-def _lane_balance(books: Mapping[str, int], *, open_lane: bool) -> Balance:
+def _lane_balance(books: Mapping[str, int], *, sender_lives: bool, receiver_lives: bool) -> Balance:
     produced = books.get("produced", 0)
     missing = produced - sum(books.get(outcome, 0) for outcome in OUTCOMES)
-    in_flight = missing if open_lane else 0
+    in_flight = missing if sender_lives and receiver_lives else 0
     queued = books.get("accepted", 0) - books.get("taken", 0)
     return Balance(
         produced=produced,
@@ -157,7 +161,7 @@ def _lane_balance(books: Mapping[str, int], *, open_lane: bool) -> Balance:
         duplicates=books.get("duplicates", 0),
         taken=books.get("taken", 0),
         queued=queued,
-        closed=missing >= 0 and in_flight == 0 and queued >= 0,
+        closed=missing >= 0 and in_flight == 0 and queued >= 0 and not (queued and receiver_lives),
     )
 
 

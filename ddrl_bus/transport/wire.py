@@ -45,6 +45,8 @@ MAX_SPECS: Final = 16 << 10
 MAX_ARRAYS: Final = 64
 MAX_NDIM: Final = 8
 MAX_DEPTH: Final = 8
+MAX_ITEMS: Final = 1024
+"""Of one list or map in a header. msgpack makes room for a whole list as soon as it reads its length, at each depth."""
 DTYPES: Final = {
     name: np.dtype(name)
     for name in (
@@ -113,7 +115,7 @@ class Layout:
         specs: name → (dtype name, shape) of each array, in order.
 
     Raises:
-        WireError: `dtype`, for one that does not travel.
+        WireError: `dtype`, `shape` or `specs`, for what does not travel.
     """
 
     def __init__(self, kind: str, specs: Mapping[str, Spec]) -> None:
@@ -123,6 +125,7 @@ class Layout:
         for name, (dtype_name, shape) in specs.items():
             self._place(name, dtype_name, shape)
         self.packed_specs = _packed_specs(self.placed)
+        _parsed_specs(self.packed_specs)  # what a receiver would refuse is refused here
 
     def _place(self, name: str, dtype_name: str, shape: tuple[int, ...]) -> None:
         if dtype_name not in DTYPES:
@@ -191,6 +194,9 @@ class Arena:
         head = _round_up(text_end)
         if head > self._room:
             self._outgrown(head)
+        size = head + layout.size
+        if size > MAX_FRAME:
+            raise WireError("oversized", f"{layout.kind}: frame of {size} bytes, at most {MAX_FRAME} travel")
         frame = memoryview(self._buffer)[self._room - head :]  # type: ignore[arg-type]
         _PREFIX.pack_into(frame, 0, MAGIC, *PROTOCOL, 0, len(header), head)
         frame[_PREFIX.size : text_end] = header
@@ -246,8 +252,9 @@ def decode(frame: Buffer) -> Message:
         raise WireError("truncated", f"header of {header_len} bytes, arena at {arena_at}, frame of {size}")
     kind, node, epoch, seq, lane, fields, specs = _header(frame[_PREFIX.size : _PREFIX.size + header_len])
     placed = _parsed_specs(specs)
-    if placed and arena_at + placed[-1].offset + placed[-1].nbytes > size:
-        raise WireError("arena", f"{placed[-1].name} ends past the frame's {size} bytes")
+    end = arena_at + (_round_up(placed[-1].offset + placed[-1].nbytes) if placed else 0)
+    if end != size:
+        raise WireError("arena", f"frame of {size} bytes, its header says {end}")
     if type(frame) is memoryview and not frame.readonly:
         frame = frame.toreadonly()
     arrays: dict[str, Array] = {p.name: np.ndarray(p.shape, p.dtype, frame, arena_at + p.offset) for p in placed}
@@ -266,8 +273,8 @@ def unpack(data: Buffer) -> Any:
             strict_map_key=True,
             max_str_len=MAX_HEADER,
             max_bin_len=MAX_SPECS,
-            max_array_len=16384,
-            max_map_len=16384,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
             max_ext_len=0,
         )
     except Exception as error:  # hostile bytes reach msgpack here, so every error of its is one refusal
@@ -286,15 +293,15 @@ def _header(data: Buffer) -> tuple[str, str, int, int, int, dict[str, Any], byte
             raise WireError("header", "epoch, seq and lane are unsigned 64-bit integers")
     if type(fields) is not dict or type(specs) is not bytes:
         raise WireError("fields", "fields are a map, specs are bytes")
-    for value in fields.values():
-        if type(value) not in _SCALARS and not _plain(value, MAX_DEPTH):
+    for name, value in fields.items():
+        if type(name) is not str or (type(value) not in _SCALARS and not _plain(value, MAX_DEPTH)):
             raise WireError("fields", f"fields nest deeper than {MAX_DEPTH} or hold bytes")
     return kind, node, epoch, seq, lane, fields, specs
 
 
 def _plain(value: Any, depth: int) -> bool:
     if type(value) is dict:
-        return depth > 0 and all(_plain(v, depth - 1) for v in value.values())
+        return depth > 0 and all(type(k) is str and _plain(v, depth - 1) for k, v in value.items())
     if type(value) is list:
         return depth > 0 and all(_plain(v, depth - 1) for v in value)
     return type(value) in _SCALARS
@@ -314,7 +321,7 @@ def _parsed_specs(packed: bytes) -> tuple[_Placed, ...]:
     end = 0
     for p in placed:
         if p.offset != end:
-            raise WireError("arena", f"{p.name} at {p.offset}, expected {end}")
+            raise WireError("arena", f"{p.name!r} at {p.offset}, expected {end}")
         end = _round_up(end + p.nbytes)
     return tuple(placed)
 
@@ -327,10 +334,9 @@ def _parsed_spec(row: Any) -> _Placed:
         raise WireError("specs", "a spec is [name, dtype, shape, offset]")
     dtype = DTYPES.get(dtype_name) if type(dtype_name) is str else None
     if dtype is None:
-        raise WireError("dtype", f"{name}: {dtype_name!r} is not allowed")
+        raise WireError("dtype", f"{name!r}: {str(dtype_name)[:64]!r} is not allowed")
     if len(shape) > MAX_NDIM or any(type(d) is not int or not 0 <= d <= MAX_FRAME for d in shape):
-        raise WireError("shape", f"{name}: at most {MAX_NDIM} dimensions, each 0 or more")
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes > MAX_FRAME:
-        raise WireError("shape", f"{name}: {nbytes} bytes, at most {MAX_FRAME}")
-    return _Placed(name, dtype, tuple(shape), offset, nbytes)
+        raise WireError("shape", f"{name!r}: at most {MAX_NDIM} dimensions, each from 0 to {MAX_FRAME}")
+    if math.prod(d or 1 for d in shape) * dtype.itemsize > MAX_FRAME:  # numpy too counts an empty dimension as 1
+        raise WireError("shape", f"{name!r}: more than {MAX_FRAME} bytes")
+    return _Placed(name, dtype, tuple(shape), offset, math.prod(shape) * dtype.itemsize)

@@ -104,11 +104,13 @@ class LatestSubscriber:
         elif version < partial.version:
             return None
         if (total, whole) != (partial.total, partial.digest):
+            self._partial = None  # either may be the damaged one: begin anew
             raise WireError("chunk", f"version {version}: chunks disagree on the whole")
         if offset not in partial.have:
             partial.data[offset : offset + len(body)] = body
             partial.have.add(offset)
             partial.missing -= len(body)
+            self._behind_since = now  # it is coming: a snapshot would only queue up behind it
         if partial.missing > 0:
             return None
         self._partial = None

@@ -208,6 +208,7 @@ class QueueReceiver:
             return None
         if known is None or known.epoch < epoch:
             known = self.senders[sender] = Inbound(sender, epoch)
+            self._changed.pop(sender, None)
         self._due[sender] = known
         return known
 
@@ -222,7 +223,7 @@ class QueueReceiver:
         assert inbound is not None
         self._changed[sender] = inbound
         if seq == inbound.received + 1 and not inbound.ahead:
-            inbound.received = seq
+            inbound.received, inbound.gap_since = seq, None
         else:
             inbound.ahead.add(seq)
             self._advance(inbound, now)

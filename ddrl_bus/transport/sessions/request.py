@@ -77,8 +77,8 @@ class RequestClient(Generic[F]):
 @dataclass(slots=True)
 class _Peer(Generic[F]):
     epoch: int
-    answers: OrderedDict[int, F | None] = field(default_factory=OrderedDict)
-    """Request → its answer; None while it is being worked on."""
+    running: set[int] = field(default_factory=set)
+    answers: OrderedDict[int, F] = field(default_factory=OrderedDict)
     forgotten: int = 0
     """Requests up to this number have left the cache."""
 
@@ -97,12 +97,16 @@ class RequestServer(Generic[F]):
         peer = self._peers.get(client)
         if peer is None or epoch > peer.epoch:
             peer = self._peers[client] = _Peer(epoch)
-        if epoch < peer.epoch or request <= peer.forgotten:
+        if epoch < peer.epoch:
             return "old"
+        if request in peer.running:
+            return "running"
         if request in peer.answers:
-            answer = peer.answers[request]
-            return "running" if answer is None else (answer,)
-        peer.answers[request] = None
+            peer.answers.move_to_end(request)  # it is still wanted
+            return (peer.answers[request],)
+        if request <= peer.forgotten:
+            return "old"
+        peer.running.add(request)
         return "new"
 
     def answer(self, client: str, epoch: int, request: int, frame: F) -> None:
@@ -110,10 +114,8 @@ class RequestServer(Generic[F]):
         peer = self._peers.get(client)
         if peer is None or peer.epoch != epoch:
             return
+        peer.running.discard(request)
         peer.answers[request] = frame
-        while len(peer.answers) > CACHE:
-            oldest, kept = next(iter(peer.answers.items()))
-            if kept is None:  # still running: the cache may grow by what runs at once
-                break
-            del peer.answers[oldest]
+        if len(peer.answers) > CACHE:
+            oldest, _ = peer.answers.popitem(last=False)
             peer.forgotten = max(peer.forgotten, oldest)

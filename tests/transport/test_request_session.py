@@ -1,0 +1,108 @@
+"""The request cores: who ends how, who runs what."""
+
+from __future__ import annotations
+
+from ddrl_bus.transport.sessions.request import CACHE, REPEAT_S, Due, RequestClient, RequestServer
+
+C = ("actor-0", 1)
+
+
+def client(*timeouts: float) -> RequestClient[str]:
+    core: RequestClient[str] = RequestClient()
+    for timeout in timeouts:
+        number = core.next_id()
+        core.open(number, f"request {number}", 0.0, timeout)
+    return core
+
+
+def test_numbers_grow_and_are_never_used_again() -> None:
+    core = client(1.0, 1.0)
+    core.abandon(2)
+    assert core.next_id() == 3
+
+
+def test_an_answer_ends_a_request_once() -> None:
+    core = client(5.0, 5.0)
+    assert core.open_requests == (1, 2)
+    assert core.answered(1)
+    assert not core.answered(1)  # a duplicate
+    assert not core.answered(99)  # unsolicited
+    assert core.late == 2
+    assert core.open_requests == (2,)
+
+
+def test_the_deadline_ends_it_otherwise() -> None:
+    core = client(0.5, 5.0)
+    assert core.poll(0.49) == Due((), ())
+    assert core.poll(0.5) == Due((), (1,))
+    assert core.poll(0.6) == Due((), ())
+    assert not core.answered(1)
+    assert core.late == 1
+
+
+def test_unanswered_requests_are_repeated_until_the_deadline() -> None:
+    core = client(2.5 * REPEAT_S)
+    said = [core.poll(t * REPEAT_S) for t in (0.9, 1.0, 1.5, 2.0, 2.5, 3.0)]
+    assert [due.again for due in said] == [(), ("request 1",), (), ("request 1",), (), ()]
+    assert [due.expired for due in said] == [(), (), (), (), (1,), ()]
+
+
+def test_the_abandoned_is_neither_repeated_nor_expired() -> None:
+    core = client(1.0)
+    core.abandon(1)
+    core.abandon(1)
+    assert core.poll(9.0) == Due((), ())
+    assert not core.answered(1)
+
+
+def test_each_number_runs_once_and_its_answer_is_kept() -> None:
+    core: RequestServer[str] = RequestServer()
+    assert core.arrived(*C, 1) == "new"
+    assert core.arrived(*C, 1) == "running"
+    core.answer(*C, 1, "yes")
+    assert core.arrived(*C, 1) == ("yes",)
+    assert core.arrived("actor-1", 1, 1) == "new"
+
+
+def test_lives_of_a_client_are_apart_and_the_older_is_fenced() -> None:
+    core: RequestServer[str] = RequestServer()
+    core.arrived(*C, 1)
+    assert core.arrived("actor-0", 2, 1) == "new"
+    core.answer(*C, 1, "for the dead")
+    assert core.arrived("actor-0", 2, 1) == "running"
+    assert core.arrived(*C, 1) == "old"
+    assert core.arrived(*C, 2) == "old"
+
+
+def test_what_left_the_cache_never_runs_again() -> None:
+    core: RequestServer[str] = RequestServer()
+    for number in range(1, CACHE + 3):
+        assert core.arrived(*C, number) == "new"
+        core.answer(*C, number, f"answer {number}")
+    assert [core.arrived(*C, n) for n in (1, 2, 3, 4)] == ["old", "old", ("answer 3",), ("answer 4",)]
+
+
+def test_an_answer_asked_for_again_stays() -> None:
+    core: RequestServer[str] = RequestServer()
+    for number in range(1, 3 * CACHE):
+        core.arrived(*C, number)
+        core.answer(*C, number, f"answer {number}")
+        assert core.arrived(*C, 1) == ("answer 1",)  # its replies get lost, over and over
+
+
+def test_the_cache_is_bounded_while_an_old_request_runs_on() -> None:
+    core: RequestServer[str] = RequestServer()
+    assert core.arrived(*C, 1) == "new"
+    for number in range(2, 10 * CACHE):
+        core.arrived(*C, number)
+        core.answer(*C, number, "done")
+    assert len(core._peers["actor-0"].answers) == CACHE
+    assert core.arrived(*C, 1) == "running"
+    core.answer(*C, 1, "at last")
+    assert core.arrived(*C, 1) == ("at last",)
+
+
+def test_an_answer_to_nobody_is_dropped() -> None:
+    core: RequestServer[str] = RequestServer()
+    core.answer("stranger", 1, 1, "hello?")
+    assert core.arrived("stranger", 1, 1) == "new"
