@@ -1,0 +1,232 @@
+"""What every learning rule shares: a paper writes a documented Config, `act` and `loss`, the rest is written here.
+
+An algorithm has two halves. The acting half is class methods on numpy arrays, so that an actor never imports torch.
+The learning half is an instance: network, optimiser, and the counters that make a resumed run bit-equal to an
+unbroken one. Nothing global is set: threads belong to the node, and initialisation has a generator of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddrl_bus.algos.lazy import torch
+from ddrl_bus.algos.spaces import Spaces
+from ddrl_bus.errors import RefusedFileError, UsageError
+
+if TYPE_CHECKING:
+    from ddrl_bus.algos.acting import Noise
+
+Array: TypeAlias = Any
+"""A numpy array as the learner stacks it, or the torch tensor that `Batch.to` makes of it."""
+
+
+class OptimizerConfig(Protocol):
+    """Fields that every algorithm's Config has; `Algorithm.step` reads them."""
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def rms_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def anneal_steps(self) -> int: ...
+
+
+_REST = {"rng", "counters"}  # of a state, besides net.* and optimizer.*
+ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)
+
+
+@dataclass
+class Batch:
+    """B columns of T consecutive rows, time-major.
+
+    Row t holds obs_t, the action taken *from* it, and the reward and end flags that action led to; row T of `obs` is
+    the bootstrap row. After an end, obs_{t+1} is the first observation of the next episode; the true final observation
+    of a *truncated* row is in `final_obs`, at the position where `final_index` has t·B + b.
+    """
+
+    obs: Array
+    """[T+1, B, ...]"""
+    action: Array
+    """[T, B] int64, or [T, B, D] float32"""
+    reward: Array
+    """[T, B] float32"""
+    terminated: Array
+    """[T, B] bool"""
+    truncated: Array
+    """[T, B] bool"""
+    record: dict[str, Array]
+    """what the algorithm's `act` recorded, {name: [T, B, ...]}"""
+    version: Array
+    """[T, B] int64, version of the weights that chose the action"""
+    final_obs: Array
+    """[K, ...]"""
+    final_index: Array
+    """[K] int64"""
+    state: dict[str, Array] = field(default_factory=dict)
+    """recurrent state before row 0, {name: [B, ...]}"""
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same rows as torch tensors on `device`; numpy arrays are shared, not copied, where that is the CPU."""
+
+        def tensor(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: tensor(array) for name, array in value.items()}
+            return torch.as_tensor(value, device=device)
+
+        return replace(self, **{f.name: tensor(getattr(self, f.name)) for f in fields(self)})
+
+
+class Algorithm(ABC, Generic[ConfigT]):
+    """One learning rule. Units: counters and `anneal_steps` are environment steps of trained rows."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    """a frozen dataclass; the docstring under a field says its unit and where its default comes from"""
+    wiring: ClassVar[Mapping[str, Mapping[str, object]]]
+    """the links this rule learns over, in the words of a topology file"""
+    report_every: ClassVar[int] = 10
+    """updates between two reports of `step`"""
+
+    def __init__(self, config: ConfigT, spaces: Spaces, *, seed: int, device: str = "cpu") -> None:
+        """Builds network and optimiser from `seed`.
+
+        Raises: UsageError for spaces that the algorithm or its network does not cover, or a device that is not there.
+        """
+        from ddrl_bus.algos import optim  # imports torch for real
+
+        self.record(config, spaces)  # refuses spaces that this rule cannot act in
+        self.config = config
+        self.spaces = spaces
+        self.device = _device(device)
+        self.updates = 0
+        self.env_steps = 0
+        self.generator = torch.Generator().manual_seed(seed)
+        self.net = self.network(self.generator).to(self.device)
+        self._params = list(self.net.parameters())
+        self.optimizer = optim.make(
+            config.optimizer, self._params, lr=config.lr, eps=config.eps, alpha=config.rms_decay
+        )
+
+    # ---- the paper
+
+    @abstractmethod
+    def network(self, generator: torch.Generator) -> torch.nn.Module:
+        """The network, initialised from `generator` alone."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss to minimise, and tensors of any shape whose means are worth reporting; `batch` is on our device."""
+
+    @classmethod
+    @abstractmethod
+    def record(cls, config: ConfigT, spaces: Spaces) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What an actor records per row besides obs, action, reward and ends: {name: (dtype, shape)}.
+
+        Raises: UsageError for spaces that this rule does not cover.
+        """
+
+    @classmethod
+    @abstractmethod
+    def act(
+        cls, config: ConfigT, outputs: Mapping[str, NDArray[Any]], noise: Noise, greedy: bool
+    ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+        """Actions [N] or [N, D] and the record {name: [N, ...]}, from the network's `outputs` {name: [N, ...]}."""
+
+    # ---- written once
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One update: gradient of the loss, clipped to a global norm, applied.
+
+        Returns {name: mean} for every `report_every`-th update, else {}: reading numbers out of torch takes time, and
+        on a GPU it waits for the whole update.
+        """
+        batch = batch.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, report = self.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self._params, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.updates += 1
+        self.env_steps += batch.reward.numel()
+        if (self.updates - 1) % self.report_every:
+            return {}
+        with torch.no_grad():
+            means = [tensor.float().mean() for tensor in (loss, norm, *report.values())]
+        return dict(zip(("loss", "grad_norm", *report), torch.stack(means).tolist(), strict=True))
+
+    @property
+    def learning_rate(self) -> float:
+        """lr of the next update: constant, or linear to 0 over `anneal_steps` env steps."""
+        if not self.config.anneal_steps:
+            return self.config.lr
+        return self.config.lr * max(0.0, 1.0 - self.env_steps / self.config.anneal_steps)
+
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """A float32 snapshot of the network under the names of its state_dict."""
+        return {k: v.detach().float().cpu().numpy().copy() for k, v in self.net.state_dict().items()}
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything that the next update depends on: network, optimiser, generator and counters, as a flat mapping."""
+        arrays = {f"net.{name}": _numpy(value) for name, value in self.net.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            arrays |= {f"optimizer.{index}.{name}": _numpy(value) for name, value in slots.items()}
+        arrays["rng"] = _numpy(self.generator.get_state())
+        arrays["counters"] = np.array([self.updates, self.env_steps], np.int64)
+        return arrays
+
+    def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Continues from `state()`, bit-equal.
+
+        Raises: RefusedFileError if it belongs to another network or optimiser; nothing is changed then.
+        """
+        from ddrl_bus.algos import optim
+
+        net: dict[str, torch.Tensor] = {}
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in state.items():
+            kind, _, rest = name.partition(".")
+            if kind == "net":
+                net[rest] = torch.tensor(value)
+            elif kind == "optimizer":
+                index, _, slot = rest.partition(".")
+                slots.setdefault(int(index), {})[slot] = torch.tensor(value)
+        expected = {name: tuple(value.shape) for name, value in self.net.state_dict().items()}
+        saved = {name: tuple(value.shape) for name, value in net.items()}
+        names = optim.SLOTS[self.config.optimizer]
+        if expected != saved or any(slot.keys() != names for slot in slots.values()) or not state.keys() >= _REST:
+            raise RefusedFileError(
+                f"state does not fit algorithm {self.name!r} with these settings: it holds {sorted(state)} with "
+                f"{saved}, expected {expected} and {self.config.optimizer}'s {sorted(names)}"
+            )
+        self.net.load_state_dict(net)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.generator.set_state(torch.tensor(state["rng"]))
+        self.updates, self.env_steps = (int(n) for n in state["counters"])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r} asked for, but torch {torch.__version__} finds no CUDA device")
+    return torch.device(name)
+
+
+def _numpy(value: torch.Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = value.detach().cpu().numpy().copy()
+    return array

@@ -1,0 +1,57 @@
+"""Optimisers by name. This module imports torch for real: only learners reach it.
+
+RMSProp has dialects whose step sizes for small gradients differ by 1/√ε (3.2× at ε = .1, 316× at 1e-5), so a learning
+rate belongs to one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+SLOTS = {
+    "adam": {"step", "exp_avg", "exp_avg_sq"},
+    "rmsprop_tf": {"square_avg"},
+    "rmsprop": {"step", "square_avg"},
+}
+"""What each optimiser keeps per parameter."""
+
+
+class RMSPropTF(torch.optim.Optimizer):
+    """θ ← θ - lr · g / √(s + ε),  s ← α s + (1 - α) g²,  s₀ = 1: RMSProp of A3C and TensorFlow, ε inside the root.
+
+    Source: Mnih et al. 2016 (arXiv 1602.01783), eqs. 8, 9 (there s₀ = 0); s₀ = 1 as TensorFlow and stable-baselines3.
+    """
+
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, alpha: float = 0.99, eps: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            squares = [self.state[p].setdefault("square_avg", torch.ones_like(p)) for p in params]
+            torch._foreach_mul_(squares, group["alpha"])
+            torch._foreach_addcmul_(squares, grads, grads, 1 - group["alpha"])
+            root = torch._foreach_add(squares, group["eps"])
+            torch._foreach_sqrt_(root)
+            torch._foreach_addcdiv_(params, grads, root, -group["lr"])
+        return loss
+
+
+def make(
+    name: str, params: Iterable[torch.Tensor], *, lr: float, eps: float, alpha: float, **options: Any
+) -> torch.optim.Optimizer:
+    """`adam` (betas .9, .999), `rmsprop_tf` or `rmsprop` (torch's: ε outside the root, s₀ = 0)."""
+    match name:
+        case "adam":
+            return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, **options)
+        case "rmsprop_tf":
+            return RMSPropTF(params, lr=lr, alpha=alpha, eps=eps, **options)
+        case "rmsprop":
+            return torch.optim.RMSprop(params, lr=lr, alpha=alpha, eps=eps, **options)
+    raise ValueError(name)
