@@ -1,10 +1,12 @@
 """Checkpoints that are whole or not there: safetensors for arrays, a JSON manifest with digests, one atomic rename.
 
     checkpoints/<step, 12 digits>/arrays.safetensors
-                                  manifest.json     {"format", "step", "values", "files": {name: {"bytes", "sha256"}}}
+                                  manifest.json     {"format", "step", "values", "files": {name: {"bytes", "sha256"}},
+                                                     "sha256": of the manifest without it}
 
-Written to `tmp-…`, synced, renamed; the rename makes it valid. `newest` verifies every byte before it is used and falls
-back to an older one. Nothing in a checkpoint can name code.
+Written to `tmp-…`, synced, renamed; the rename makes it valid. A run that comes past a step again adds `<step>.001`.
+`newest` verifies every byte before it is used and falls back to an older one. Nothing in a checkpoint can name code.
+A folder has one writer.
 """
 
 from __future__ import annotations
@@ -45,10 +47,11 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 3) -> Path:
     """
     from safetensors.numpy import save as to_bytes
 
-    final = folder / f"{checkpoint.step:012d}"
-    temporary = folder / f"tmp-{checkpoint.step:012d}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left_over in folder.glob("tmp-*"):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    final = _free(folder, checkpoint.step)
+    temporary = folder / f"tmp-{final.name}"
     temporary.mkdir()
     try:
         data = to_bytes(dict(checkpoint.arrays))
@@ -60,10 +63,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 3) -> Path:
             "files": {_ARRAYS: digest},
         }
         _write(temporary / _ARRAYS, data)
-        _write(temporary / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write(temporary / _MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode())
         _sync(temporary)
-        if final.exists():  # a resumed run may come past the same step again
-            shutil.rmtree(final)
         temporary.rename(final)
         _sync(folder)
     except BaseException:
@@ -85,12 +86,15 @@ def load(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         data = (path / _ARRAYS).read_bytes()
+        form, digest = manifest["format"], manifest.pop("sha256")
         step, values, expected = int(manifest["step"]), dict(manifest["values"]), manifest["files"][_ARRAYS]
         found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RefusedFileError(f"{path}: not a whole checkpoint: {type(error).__name__}: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise RefusedFileError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+    if form != FORMAT:
+        raise RefusedFileError(f"{path}: format {form!r}, this version reads {FORMAT}")
+    if digest != _digest(manifest):
+        raise RefusedFileError(f"{path / _MANIFEST}: damaged: found sha256 {_digest(manifest)}, expected {digest}")
     if found != expected:
         raise RefusedFileError(f"{path / _ARRAYS}: damaged: found {found}, expected {expected}")
     try:
@@ -116,6 +120,18 @@ def newest(folder: Path) -> Checkpoint | None:
     if damaged:
         raise RefusedFileError("no checkpoint is whole: " + "; ".join(damaged))
     return None
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _free(folder: Path, step: int) -> Path:
+    """A new name for `step`, after those that it has: nothing is deleted before its successor stands."""
+    name = f"{step:012d}"
+    taken = [path.name for path in _complete(folder) if path.name.startswith(name)]
+    again = 1 + int(taken[-1].partition(".")[2] or 0) if taken else 0
+    return folder / (f"{name}.{again:03d}" if again else name)
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -313,8 +313,14 @@ def _find(id: str) -> gym.envs.registration.EnvSpec:
                 register(importlib.import_module(module))
             except ImportError as error:
                 raise EnvError(f"{id}: {error}; pip install 'ddrl-bus[{EXTRAS[prefix]}]'") from error
+    module, _, name = id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a module of somebody else's does
+            raise EnvError(f"{id}: no such environment; cannot import {module!r}: {error}") from error
     try:
-        return gym.spec(id)
+        return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(id, gym.registry, n=1)
         hint = f"did you mean {near[0]!r}?" if near else str(error)

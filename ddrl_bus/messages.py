@@ -75,6 +75,8 @@ class Progress:
     """Seconds since 1970, for people."""
     counters: dict[str, int] = field(default_factory=dict)
     """The node's ledger."""
+    earlier: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Life → ledger of an earlier life of this node that the controller may not know to its end: it may have died."""
     gauges: dict[str, float] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     done: str | None = None

@@ -7,6 +7,7 @@ docs/performance.md defines communication overhead on these names.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -70,14 +71,27 @@ def shares(counters: Mapping[str, int], before: Mapping[str, int] | None = None)
     }
 
 
+def finite(value: Any) -> Any:
+    """`value` with None for every number that is not finite: JSON has none, and a loss may well become one."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {key: finite(item) for key, item in value.items()}
+        case list():
+            return [finite(item) for item in value]
+        case _:
+            return value
+
+
 class JsonLines:
     """A file of one JSON object a line, flushed at each."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False, default=str) + "\n")
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(finite(record), allow_nan=False, default=str) + "\n")
         self._file.flush()
 
     def close(self) -> None:

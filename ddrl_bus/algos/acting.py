@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddrl_bus.algos.base import Algorithm
+from ddrl_bus.algos.noise import Noise
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import UsageError
 
@@ -44,30 +45,6 @@ class Policy(Protocol):
 
     def act(self, obs: NDArray[Any], state: State, *, greedy: bool = False) -> Acted:
         """One step of N environments.  Shapes: obs [N, ...]."""
-
-
-class Noise:
-    """Random numbers for acting, drawn in blocks: a small draw costs more for the call than for the numbers."""
-
-    _BLOCK = 1 << 14
-
-    def __init__(self, seed: int | np.random.SeedSequence) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._gumbel = np.empty(0, np.float32)
-        self._next = 0
-
-    def gumbel(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Standard Gumbel numbers, -log E with E ~ Exp(1), float32; read-only by convention."""
-        size = 1
-        for length in shape:
-            size *= length
-        start, self._next = self._next, self._next + size
-        if self._next > len(self._gumbel):
-            exponential = self._rng.standard_exponential(max(self._BLOCK, size), dtype=np.float32)
-            np.maximum(exponential, np.finfo(np.float32).tiny, out=exponential)  # 0 comes once in 2^32
-            self._gumbel = np.negative(np.log(exponential, out=exponential), out=exponential)
-            start, self._next = 0, size
-        return self._gumbel[start : self._next].reshape(shape)
 
 
 class MlpPolicy:

@@ -10,17 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddrl_bus.algos.lazy import torch
+from ddrl_bus.algos.noise import Noise
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RefusedFileError, UsageError
-
-if TYPE_CHECKING:
-    from ddrl_bus.algos.acting import Noise
 
 Array: TypeAlias = Any
 """A numpy array as the learner stacks it, or the torch tensor that `Batch.to` makes of it."""

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from numpy.typing import NDArray
 
 from ddrl_bus.algos import returns
 from ddrl_bus.algos.base import Algorithm, Batch
 from ddrl_bus.algos.lazy import torch
+from ddrl_bus.algos.noise import Noise
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import UsageError
-
-if TYPE_CHECKING:
-    from ddrl_bus.algos.acting import Noise
 
 
 @dataclass(frozen=True)

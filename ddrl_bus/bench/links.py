@@ -17,9 +17,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Final
 
+import numpy as np
+import zmq
+
+from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.wire import Layout, Spec
+from ddrl_bus.transport.zeromq import COPY_BELOW
 
 PAYLOADS: Final[dict[str, dict[str, Spec]]] = {
     "small unroll, 320 B": {"obs": ("float32", (20, 4))},
@@ -86,7 +91,7 @@ def _timed(case: Case, pull: Side, push: Side) -> float:
     ours, theirs = spawn.Pipe()
     with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
         address = f"ipc://{folder}/bench"
-        ends = [spawn.Process(target=side, args=(case, address, theirs)) for side in (pull, push)]
+        ends = [spawn.Process(target=_side, args=(side, case, address, theirs)) for side in (pull, push)]
         for end in ends:
             end.start()
         elapsed: float = ours.recv() if ours.poll(120) else float("nan")
@@ -96,11 +101,16 @@ def _timed(case: Case, pull: Side, push: Side) -> float:
     return elapsed / case.messages * 1e6
 
 
+def _side(side: Side, case: Case, address: str, result: Connection) -> None:
+    keep_freed_memory()  # as every node does; the bare pair gets the same
+    side(case, address, result)
+
+
 def _warm_up(case: Case) -> int:
     return max(100, case.messages // 10)
 
 
-def _link_push(case: Case, address: str, _: Connection) -> None:
+def _link_push(case: Case, address: str, _result: Connection) -> None:
     async def main() -> None:
         bus = Bus("actor-0", 1, Ledger())
         sender = bus.sender("trajectories", {"learner-0": address})
@@ -129,22 +139,21 @@ def _link_pull(case: Case, address: str, result: Connection) -> None:
     asyncio.run(main())
 
 
-def _raw_push(case: Case, address: str, _: Connection) -> None:
-    import zmq
-
+def _raw_push(case: Case, address: str, _result: Connection) -> None:
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.setsockopt(zmq.SNDHWM, case.window)
         socket.setsockopt(zmq.LINGER, 5_000)
         socket.connect(address)
-        layout = Layout("trajectory", PAYLOADS[case.payload])
+        size = len(Layout("trajectory", PAYLOADS[case.payload]).arena().encode("actor-0", 1, 0, {}))
         for _ in range(case.messages + _warm_up(case)):
-            frame = layout.arena().encode("actor-0", 1, 0, {})
-            socket.send(frame, copy=len(frame) < 65536)
+            frame = np.empty(size, np.uint8).data  # a new one each time, as whoever produces data has
+            if size < COPY_BELOW:
+                socket.send(frame)
+            else:
+                socket.send(frame, copy=False)
 
 
 def _raw_pull(case: Case, address: str, result: Connection) -> None:
-    import zmq
-
     with zmq.Context() as context, context.socket(zmq.PULL) as socket:
         socket.setsockopt(zmq.RCVHWM, case.window)
         socket.bind(address)

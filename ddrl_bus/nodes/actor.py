@@ -51,6 +51,7 @@ class Actor(Node):
         self.layout = self.schema.layout(self.envs)
         self.env_steps = self.ledger.counter("env_steps")
         self.env_faults = self.ledger.counter("env_faults")
+        self.faults = 0  # in a row
         names = ("env", "forward", "record", "pack", "send", "unpack", "send_wait", "weights_wait")
         self.clocks = {name: clock(self.ledger, name) for name in names}
         # `max_lag: 0` is lock-step: no unroll starts with weights that the last one was played with.
@@ -63,14 +64,16 @@ class Actor(Node):
     async def run(self) -> None:
         playing: deque[asyncio.Future[Played]] = deque()
         fresh = await self._fresh_weights()
-        while fresh and not self.draining.is_set():
-            self.newest = self.weights.latest() or self.newest
-            while len(playing) < self._ahead():
-                playing.append(self.submit(self._play))
-            if not await self._send(await playing.popleft()):
-                break
-            fresh = not self.lockstep or await self._fresh_weights()
-        await asyncio.gather(*playing)
+        try:
+            while fresh and not self.draining.is_set():
+                self.newest = self.weights.latest() or self.newest
+                while len(playing) < self._ahead():
+                    playing.append(self.submit(self._play))
+                if not await self._send(await playing.popleft()):
+                    break
+                fresh = not self.lockstep or await self._fresh_weights()
+        finally:
+            await asyncio.gather(*playing, return_exceptions=True)  # nobody has room for these any more
         await self.trajectories.flush(self.plan.grace)
 
     def _ahead(self) -> int:
@@ -104,17 +107,21 @@ class Actor(Node):
         What was half played is dropped: where it broke off is no end of an episode.
         """
         self._load()
-        for fault in range(1, ENV_FAULTS + 1):
+        while True:
             try:
-                return self._unroll()
+                if self.faults:
+                    self.env_group.close()
+                    self._new_env(restart=self.env_faults.value)
+                played = self._unroll()
             except EnvError as error:
-                if fault == ENV_FAULTS:
-                    raise
+                self.faults += 1
                 self.env_faults.add()
-                self.log.error("environments rebuilt, fault %d of %d in a row: %s", fault, ENV_FAULTS, error)
-                self.env_group.close()
-                self._new_env(restart=self.env_faults.value)
-        raise AssertionError("unreachable")
+                if self.faults >= ENV_FAULTS:
+                    raise
+                self.log.error("rebuilding environments, fault %d of %d in a row: %s", self.faults, ENV_FAULTS, error)
+            else:
+                self.faults = 0
+                return played
 
     def _load(self) -> None:
         if self.newest is None or self.newest is self.loaded:

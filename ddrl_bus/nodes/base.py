@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -32,7 +33,7 @@ from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, fields_o
 from ddrl_bus.metrics import shares
 from ddrl_bus.topology.plan import NodePlan, Plan, Port
 from ddrl_bus.transport.bus import Bus
-from ddrl_bus.transport.ledger import Ledger
+from ddrl_bus.transport.ledger import Ledger, read
 from ddrl_bus.transport.links import Client, Publisher, Receiver, Sender, Subscriber
 from ddrl_bus.transport.memory import MemoryHub
 
@@ -75,6 +76,7 @@ class Node(ABC):
         self.log = logging.getLogger(f"ddrl_bus.{name}")
         folder = run_dir / "ledger"
         folder.mkdir(parents=True, exist_ok=True)
+        self._untold = self._lives_to_tell(folder)
         self.ledger = Ledger(folder / f"{name}@{epoch:016x}.page")
         self.bus = Bus(name, epoch, self.ledger, hub)
         self.ports: dict[str, Port] = plan.ports(name)
@@ -87,6 +89,7 @@ class Node(ABC):
         self.done: str | None = None
         self._report = asyncio.Event()
         self._started = time.time()
+        self._started_up = False
         self._inline = hub is not None
         self._idle = self.ledger.counter("time", "idle")
         self._idle_since = 0
@@ -200,6 +203,7 @@ class Node(ABC):
             package=__version__,
             started=self._started,
             counters=self.ledger.snapshot(),
+            earlier=dict(islice(self._untold.items(), 1)),
             gauges=self.gauges,
             evaluation=self.evaluation,
             done=self.done,
@@ -224,7 +228,7 @@ class Node(ABC):
         before = self.ledger.snapshot()
         while True:
             now = self.ledger.snapshot()
-            if self.state in ("running", "draining"):
+            if self._started_up:
                 self.gauges = {**self.gauge(), **shares(now, before)}
             before = now
             self._report.clear()
@@ -234,14 +238,25 @@ class Node(ABC):
                     await self._report.wait()
 
     async def _beat(self, error: str | None = None) -> None:
+        progress = self.progress(error)
         try:
-            answer = await self._controller.request(Progress.KIND, fields_of(self.progress(error)), timeout_s=ANSWER_S)
+            answer = await self._controller.request(Progress.KIND, fields_of(progress), timeout_s=ANSWER_S)
         except UnreachableError:
             self.log.warning("controller unreachable; going on")
         except RemoteError as refused:
             raise UsageError(str(refused)) from None
         else:
             self._obey(parse(Control, answer))
+            for life in progress.earlier:
+                del self._untold[life]
+            if self._untold:
+                self.report()
+
+    def _lives_to_tell(self, folder: Path) -> dict[str, dict[str, int]]:
+        """Life → ledger of this node's earlier lives, where the controller cannot read them: on another host."""
+        if all(node.host == self.node.host for node in self.plan.nodes.values() if node.kind == "controller"):
+            return {}
+        return {page.stem: read(page) for page in sorted(folder.glob(f"{self.name}@*.page"))}
 
     @cached_property
     def _controller(self) -> Client:
@@ -284,6 +299,7 @@ class Node(ABC):
             async with asyncio.TaskGroup() as tasks:
                 beside = [tasks.create_task(work) for work in (self._drain_on(stop), *self.background())]
                 await self.start()
+                self._started_up = True
                 if not self.draining.is_set():
                     self.enter("running")
                     await self.run()
@@ -291,7 +307,7 @@ class Node(ABC):
                     task.cancel()
         except* Exception as errors:
             raise _first(errors) from None
-        if self.state == "running":  # its share of the run was over by itself
+        if self.state != "draining":  # its share of the run was over by itself, or before it began
             self.enter("draining")
 
     async def _drain_on(self, stop: asyncio.Event) -> None:

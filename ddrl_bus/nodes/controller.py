@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ import numpy as np
 from ddrl_bus import __version__
 from ddrl_bus.errors import WireError
 from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Phase, Progress, fields_of, parse
-from ddrl_bus.metrics import JsonLines, shares
+from ddrl_bus.metrics import JsonLines, finite, shares
 from ddrl_bus.nodes.base import Node
-from ddrl_bus.transport.links import Request
+from ddrl_bus.transport.ledger import read
+from ddrl_bus.transport.links import Request, life
 from ddrl_bus.transport.wire import Arena
 
 TICK_S: Final = 0.1
@@ -56,7 +58,7 @@ class Controller(Node):
         self.server = self.bus.server(Progress.KIND, self._port(Progress.KIND).binds)
         self.publisher = self.open_publisher(Control.KIND)
         self.members: dict[str, Member] = {}
-        self.lives: dict[str, dict[str, int]] = {}
+        self.lives = self._earlier_lives()
         self.best: Evaluation | None = None
         self.last: Evaluation | None = None
         self.confirmed: Evaluation | None = None
@@ -67,6 +69,12 @@ class Controller(Node):
         self._samples: list[tuple[float, int]] = []
         self.metrics = JsonLines(self.run_dir / "metrics.jsonl")
         self._publish(Control())
+
+    def _earlier_lives(self) -> dict[str, dict[str, int]]:
+        """Life → counters, of what this run directory holds of the time before this life."""
+        folder = self.run_dir / "ledger"
+        told = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        return told | {path.stem: read(path) for path in folder.glob("*.page")}
 
     def _run_started(self) -> float:
         """Seconds since 1970 at the command that began this run."""
@@ -96,6 +104,7 @@ class Controller(Node):
                 self.control_changed.clear()
         finally:
             serving.cancel()
+            self.metrics.close()
         self._write_result()
 
     # ---- what others say
@@ -128,12 +137,11 @@ class Controller(Node):
             return
         if progress.package != __version__:
             self.log.warning("%s runs ddrl_bus %s, this is %s", message.node, progress.package, __version__)
-        known = self.members.get(message.node)
-        if known is not None and known.epoch > message.epoch:
-            request.refuse(f"fenced: a newer life of {message.node} is here")
-            return
         self.members[message.node] = Member(progress, message.epoch, asyncio.get_running_loop().time())
-        self.lives[f"{message.node}@{message.epoch:016x}"] = progress.counters
+        self.lives[life(message.node, message.epoch)] = progress.counters
+        for earlier, counters in progress.earlier.items():
+            if re.fullmatch(rf"{re.escape(message.node)}@[0-9a-f]{{16}}", earlier):  # it will name a file
+                self.lives[earlier] = counters
         if progress.evaluation is not None:
             self._on_evaluation(progress.evaluation)
         request.answer(Control.KIND, fields_of(self.control))
@@ -149,7 +157,7 @@ class Controller(Node):
             self.confirmed = evaluation
 
     def _on_status(self, request: Request) -> None:
-        text = json.dumps(self.status()).encode()
+        text = json.dumps(finite(self.status())).encode()
         request.answer(STATUS, arrays={"json": np.frombuffer(text, np.uint8)})
 
     def _on_stop(self, request: Request) -> None:
@@ -191,7 +199,8 @@ class Controller(Node):
             self._drain(reason)
             return
         self._deadline = now + CONFIRM_S
-        self._say("confirm", confirm=self.control.confirm + 1)
+        # Above every number of an earlier life: the learner answers each number once.
+        self._say("confirm", confirm=max(self.control.confirm, self.epoch >> 32 << 16) + 1)
 
     def _conclude(self, evaluation: Evaluation) -> None:
         target = self.plan.stop.reward
@@ -318,9 +327,10 @@ class Controller(Node):
             "shares": {n: shares(m.progress.counters) for n, m in self.members.items()},
             "seed": self.plan.seed,
         }
-        for life, counters in self.lives.items():
-            (self.run_dir / "ledger" / f"{life}.json").write_text(json.dumps(counters))
+        for name, counters in self.lives.items():
+            told = self.run_dir / "ledger" / f"{name}.json"
+            if not told.with_suffix(".page").exists():  # it ran on another host
+                told.write_text(json.dumps(counters))
         temporary = self.run_dir / "result.json.tmp"
-        temporary.write_text(json.dumps(result, indent=1))
+        temporary.write_text(json.dumps(finite(result), indent=1))
         temporary.rename(self.run_dir / "result.json")
-        self.metrics.close()

@@ -37,15 +37,22 @@ class Evaluator(Node):
         due = loop.time() + self.options.every
         while not self.draining.is_set():
             with self.clocks["weights_wait"]:
-                message = await self.until(self.weights.next(), self.draining)
+                message = await self.until(self._newest_when(due), self.draining)
             if message is None:
                 return
-            weights = parse(Weights, message)
-            if not weights.confirm and loop.time() < due:
-                await self.until(asyncio.sleep(min(0.05, due - loop.time())), self.draining)
-                continue
-            await self._evaluate(message, weights)
+            await self._evaluate(message, parse(Weights, message))
             due = loop.time() + self.options.every
+
+    async def _newest_when(self, due: float) -> Message:
+        """The newest weights at the time `due`, or those that the controller wants confirmed, at once."""
+        message = await self.weights.next()
+        while not parse(Weights, message).confirm:
+            try:
+                async with asyncio.timeout_at(due):
+                    message = await self.weights.next()
+            except TimeoutError:
+                break
+        return message
 
     async def _evaluate(self, message: Message, weights: Weights) -> None:
         with self.clocks["unpack"]:

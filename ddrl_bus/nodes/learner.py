@@ -103,34 +103,41 @@ class Learner(Node):
         """Copy unrolls into slots, each column once, while the compute thread trains."""
         slot = await self.free.get()
         while True:
-            for message in await self._next_unrolls():
-                trajectory = parse(Trajectory, message)
-                self.returns.extend(trajectory.returns)
-                if self._too_old(trajectory):
-                    continue
+            for message, version in await self._next_unrolls():
                 start, envs = 0, message.arrays["obs"].shape[1]
                 while start < envs:
                     with self.clocks["unpack"]:
-                        start = self.batches.copy(slot, message, trajectory.version, start)
+                        start = self.batches.copy(slot, message, version, start)
                     if slot.full:
                         self.ready.put_nowait(slot)
                         slot = await self.free.get()
 
-    async def _next_unrolls(self) -> list[Message]:
+    async def _next_unrolls(self) -> list[tuple[Message, int]]:
         """The next one; in lock-step one of every sender, in the senders' order, so that a batch repeats exactly."""
         if self.max_lag != 0:
-            return [await self.trajectories.recv()]
-        round_: dict[str, Message] = {}
+            return [await self._next_unroll()]
+        round_: dict[str, tuple[Message, int]] = {}
         while len(round_) < len(self.senders):
-            message = await self.trajectories.recv()
-            round_[message.node] = message
+            message, version = await self._next_unroll()
+            if message.node in round_:  # of an earlier life, which died meanwhile
+                self._evict("superseded", 1)
+            round_[message.node] = message, version
         return [round_[name] for name in sorted(round_)]
 
-    def _too_old(self, trajectory: Trajectory) -> bool:
-        if self.max_lag is None or self.algo.updates - trajectory.version <= self.max_lag:
-            return False
-        self._evict("stale", 1)
-        return True
+    async def _next_unroll(self) -> tuple[Message, int]:
+        """The next unroll that is not too old, and the version it was played with."""
+        while True:
+            message = await self.trajectories.recv()
+            trajectory = parse(Trajectory, message)
+            self.returns.extend(trajectory.returns)
+            if self.max_lag is None or self._lag(trajectory) <= self.max_lag:
+                return message, trajectory.version
+            self._evict("stale", 1)
+
+    def _lag(self, trajectory: Trajectory) -> int:
+        """Versions that the learner will be ahead of it when the batch that fills now is trained on."""
+        waiting = len(self.batches.free) - self.free.qsize() - 1
+        return self.algo.updates + waiting - trajectory.version
 
     def _evict(self, reason: str, messages: int) -> None:
         self.ledger.counter("trajectories", "evicted", reason).add(messages)
@@ -139,17 +146,18 @@ class Learner(Node):
 
     async def _train_until_drained(self, assembling: asyncio.Task[None]) -> None:
         training: deque[asyncio.Future[Updated]] = deque()
-        while not self.draining.is_set():
-            if assembling.done():
-                assembling.result()
-            while self._may_train(len(training)):
-                training.append(self.submit(self._update, self.ready.get_nowait()))
-            if training:
-                self._updated(await training.popleft())
-            else:
-                await self._attend()
-        for update in training:
-            self._updated(await update)
+        try:
+            while training or not self.draining.is_set():
+                if assembling.done():
+                    assembling.result()
+                while not self.draining.is_set() and self._may_train(len(training)):
+                    training.append(self.submit(self._update, self.ready.get_nowait()))
+                if training:
+                    self._updated(await training.popleft())
+                else:
+                    await self._attend()
+        finally:
+            await asyncio.gather(*training, return_exceptions=True)  # the first failure is the one to show
 
     def _may_train(self, ahead: int) -> bool:
         """Whether to hand the thread another batch: a second one hides the switch between loop and thread."""

@@ -95,7 +95,7 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Settings(Section):
@@ -433,6 +433,9 @@ def json_schema(catalog: Catalog) -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "ddrl_bus topology"
     schema["$defs"] = shared["$defs"]
+    _describe(schema, Settings)
+    for model in models:
+        _describe(schema["$defs"][model.__name__], model)
     schema["properties"] |= {
         "extends": {"type": "string", "description": "A topology that this one changes; relative to this file."},
         "env": ref(EnvSettings),
@@ -454,13 +457,20 @@ def json_schema(catalog: Catalog) -> dict[str, Any]:
 
 def _algo_schema(name: str, entry: AlgorithmEntry) -> dict[str, Any]:
     schema = TypeAdapter(config_model(entry.config)).json_schema()
-    docs = field_docs(entry.config)
-    for key, value in schema["properties"].items():
-        value |= {"description": docs[key]} if key in docs else {}
+    _describe(schema, entry.config)
     schema["properties"] = {"name": {"const": name}, **schema["properties"]}
     schema["title"] = name
     schema.pop("required", None)
     return schema
+
+
+def _describe(schema: dict[str, Any], model: type) -> None:
+    """Add the docstrings of a model's fields. Read from its source, and only here: a node has no use for them."""
+    docs: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        docs |= field_docs(base) if base.__module__ == model.__module__ else {}
+    for key, value in schema["properties"].items():
+        value |= {"description": docs[key]} if key in docs else {}
 
 
 def field_docs(config: type) -> dict[str, str]:

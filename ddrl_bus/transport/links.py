@@ -23,9 +23,9 @@ from typing import Any, Final, Protocol
 
 import msgpack
 
-from ddrl_bus.errors import LinkClosedError, RemoteError, UnreachableError, WireError
+from ddrl_bus.errors import FencedError, LinkClosedError, RemoteError, UnreachableError, WireError
 from ddrl_bus.transport import wire
-from ddrl_bus.transport.base import Backend, Socket, SocketKind, back_channel
+from ddrl_bus.transport.base import Backend, OnMessage, Socket, SocketKind, back_channel
 from ddrl_bus.transport.ledger import Counter, Ledger
 from ddrl_bus.transport.sessions.latest import BEACON_EVERY_S, LatestPublisher, LatestSubscriber
 from ddrl_bus.transport.sessions.queue import (
@@ -47,11 +47,13 @@ POLL_S: Final = 0.1
 PROBE_KIND: Final = "_probe"
 ERROR_KIND: Final = "_error"
 MAX_OPEN_REQUESTS: Final = 1024
+MAX_LANES: Final = 2048
+"""Lives of senders that one receiver ever keeps books of: a stranger could say hello under any number of names."""
 
 Check = Callable[[Message], str | None]
 """Looks at a message before it is accepted; returns the reason to refuse it, or None."""
 
-_TOPIC: Final = re.compile(rb"([AQS])(?:([A-Za-z0-9_.-]{1,64})\x00([0-9a-f]{16})\x00)?")
+_TOPIC: Final = re.compile(rb"([QS])([A-Za-z0-9_.-]{1,64})\x00([0-9a-f]{16})\x00")
 _ALL: Final = b"A"
 
 
@@ -64,13 +66,13 @@ def _topic(letter: bytes, node: str, epoch: int) -> bytes:
     return letter + node.encode() + b"\x00" + f"{epoch:016x}".encode() + b"\x00"
 
 
-def _subscription(parts: Sequence[Buffer]) -> tuple[str, str, int] | None:
-    """(letter, node, epoch) of a new subscription; None for an unsubscription or garbage."""
+def _subscription(parts: Sequence[Buffer], letter: bytes) -> tuple[str, int] | None:
+    """(node, epoch) of a new subscription to a topic of this letter; None for an unsubscription or garbage."""
     data = bytes(parts[0])
     match = _TOPIC.fullmatch(data[1:]) if len(parts) == 1 and data[:1] == b"\x01" else None
-    if match is None or match[2] is None:
+    if match is None or match[1] != letter:
         return None
-    return match[1].decode(), match[2].decode(), int(match[3], 16)
+    return match[2].decode(), int(match[3], 16)
 
 
 class Host(Protocol):
@@ -118,6 +120,23 @@ class _End:
         self._sockets: list[Socket] = []
         self._closed = False
         self._timer = self._loop.call_later(POLL_S, self._tick)
+
+    def _open(
+        self,
+        backend: Backend,
+        kind: SocketKind,
+        on_message: OnMessage | None,
+        *,
+        bind: Sequence[str] = (),
+        connect: Sequence[str] = (),
+    ) -> Socket:
+        try:
+            socket = backend.socket(kind, on_message, bind=bind, connect=connect)
+        except Exception:
+            self.close()  # half an end would hold its addresses and tick on
+            raise
+        self._sockets.append(socket)
+        return socket
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(POLL_S, self._tick)
@@ -177,10 +196,9 @@ class Sender(_End):
         self._produced: dict[tuple[str, int], Counter] = {}
         topic = _topic(b"Q", self._node, self._epoch)
         for receiver, address in receivers.items():
-            self._data[receiver] = backend.socket(SocketKind.PUSH, None, connect=[address])
-            credits = backend.socket(SocketKind.SUB, self._on_credit, connect=[back_channel(address)])
+            self._data[receiver] = self._open(backend, SocketKind.PUSH, None, connect=[address])
+            credits = self._open(backend, SocketKind.SUB, self._on_credit, connect=[back_channel(address)])
             credits.subscribe(topic)
-            self._sockets += [self._data[receiver], credits]
 
     async def send(self, arena: Arena, fields: Mapping[str, Any]) -> None:
         """Hand one message over, waiting for credit. Nobody may write to `arena` any more.
@@ -240,7 +258,8 @@ class Sender(_End):
             return
         reopened = self._core.credit(credit, self._loop.time())
         if reopened is not None:
-            self._redo.extend(reopened.redo)
+            # Into fresh bytes: ZeroMQ may still be reading the old ones.
+            self._redo.extend(_Draft(d.arena.extended({}), d.fields, d.frame) for d in reopened.redo)
         while self._redo and (lane := self._core.ready(self._loop.time())) is not None:
             if not self._send_on(lane, self._redo[0].arena, self._redo[0].fields):
                 return
@@ -271,7 +290,12 @@ class Sender(_End):
         return bool(self._core.lanes)
 
     async def flush(self, timeout_s: float) -> bool:
-        """Wait until every message sent is acknowledged; False if `timeout_s` ran out first."""
+        """Wait until every message sent is acknowledged; False if `timeout_s` ran out first.
+
+        Raises:
+            LinkClosedError: this end was closed.
+        """
+        self._ensure_open()
         for lane in self._core.lanes.values():
             if not lane.settled:
                 self._probe(lane, lane.sent)
@@ -330,10 +354,8 @@ class Receiver(_End):
         self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
         self._decode_ns, self._queue_ns = self._counter("decode_ns"), self._counter("queue_wait_ns")
         self._credits_due = False
-        data = backend.socket(SocketKind.PULL, self._on_data, bind=binds)
-        self._sockets.append(data)
-        self._credits = backend.socket(SocketKind.XPUB, self._on_hello, bind=[back_channel(b) for b in binds])
-        self._sockets.append(self._credits)
+        self._open(backend, SocketKind.PULL, self._on_data, bind=binds)
+        self._credits = self._open(backend, SocketKind.XPUB, self._on_hello, bind=[back_channel(b) for b in binds])
 
     async def recv(self) -> Message:
         """The next message, in arrival order. Cancelled while it waits, nothing is lost.
@@ -375,8 +397,10 @@ class Receiver(_End):
         now = self._loop.time()
         if message.kind == PROBE_KIND:
             sent = message.fields.get("sent")
-            if type(sent) is int:
-                self._core.probed(message.node, message.epoch, sent, message.lane, now)
+            if type(sent) is not int or sent < 0:
+                self._refuse("probe")
+                return
+            self._core.probed(message.node, message.epoch, sent, message.lane, now)
             self._credits_soon()
             return
         verdict = self._core.arrived(message.node, message.epoch, message.seq, message.lane, now)
@@ -414,12 +438,17 @@ class Receiver(_End):
         return books
 
     def _on_hello(self, parts: list[Buffer]) -> None:
-        hello = _subscription(parts)
+        hello = _subscription(parts, b"Q")
         if hello is None:
             if bytes(parts[0][:1]) != b"\x00":
                 self._refuse("hello")
             return
-        if self._core.hello(*hello[1:]) is None:
+        known = self._core.senders.get(hello[0])
+        is_new = known is None or known.epoch < hello[1]
+        if is_new and max(len(self._books), len(self._core.senders)) >= MAX_LANES:
+            self._refuse("lanes")
+            return
+        if self._core.hello(*hello) is None:
             self._refuse("fenced")
         self._credits_soon()
 
@@ -455,8 +484,7 @@ class Publisher(_End):
         self._messages, self._bytes = self._counter("messages_out"), self._counter("bytes_out")
         self._encode_ns = self._counter("encode_ns")
         self._beacon_at = 0.0
-        self._socket = backend.socket(SocketKind.XPUB, self._on_subscription, bind=binds)
-        self._sockets.append(self._socket)
+        self._socket = self._open(backend, SocketKind.XPUB, self._on_subscription, bind=binds)
 
     def publish(self, number: int, arena: Arena, fields: Mapping[str, Any]) -> None:
         """Replace the value; never waits. Nobody may write to `arena` any more.
@@ -475,13 +503,13 @@ class Publisher(_End):
         self._bytes.add(len(value))
 
     def _on_subscription(self, parts: list[Buffer]) -> None:
-        joined = _subscription(parts)
+        joined = _subscription(parts, b"S")
         if joined is None:
             if bytes(parts[0]) not in (b"\x01A", b"\x00A") and bytes(parts[0][:1]) != b"\x00":
                 self._refuse("hello")
             return
         for chunk in self._core.snapshot():
-            self._socket.send(_topic(b"S", *joined[1:]), msgpack.packb(chunk.head), chunk.body)
+            self._socket.send(_topic(b"S", *joined), msgpack.packb(chunk.head), chunk.body)
         self._counter("snapshots").add()
 
     def _poll(self, now: float) -> None:
@@ -500,10 +528,9 @@ class Subscriber(_End):
         self._decode_ns, self._superseded = self._counter("decode_ns"), self._counter("superseded")
         self._fresh: Message | None = None
         self._own = _topic(b"S", self._node, self._epoch)
-        self._socket = backend.socket(SocketKind.SUB, self._on_message, connect=[address])
+        self._socket = self._open(backend, SocketKind.SUB, self._on_message, connect=[address])
         self._socket.subscribe(_ALL)
         self._socket.subscribe(self._own)
-        self._sockets.append(self._socket)
 
     def latest(self) -> Message | None:
         """The newest value if it was not taken yet; `(epoch, seq)` is its version."""
@@ -573,8 +600,7 @@ class Client(_End):
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._messages = self._counter("messages_out")
         self._address = address
-        self._socket = backend.socket(SocketKind.DEALER, self._on_answer, connect=[address])
-        self._sockets.append(self._socket)
+        self._socket = self._open(backend, SocketKind.DEALER, self._on_answer, connect=[address])
 
     async def request(
         self,
@@ -589,6 +615,7 @@ class Client(_End):
         Raises:
             UnreachableError: none came within `timeout_s`.
             RemoteError: the server refused it; carries its words.
+            FencedError: the server knows a newer life of this node.
             LinkClosedError: this end was closed.
         """
         self._ensure_open()
@@ -606,6 +633,9 @@ class Client(_End):
             self._waiting.pop(number, None)
 
     def _on_answer(self, parts: list[Buffer]) -> None:
+        if len(parts) != 1:
+            self._refuse("parts")
+            return
         try:
             message = wire.decode(parts[0])
         except WireError as error:
@@ -618,7 +648,8 @@ class Client(_End):
         if future.done():
             return
         if message.kind == ERROR_KIND:
-            future.set_exception(RemoteError(f"{self.link}: {message.node}: {message.fields.get('error')}"))
+            refusal = FencedError if message.fields.get("fenced") is True else RemoteError
+            future.set_exception(refusal(f"{self.link}: {message.node}: {message.fields.get('error')}"))
         else:
             future.set_result(message)
 
@@ -665,8 +696,7 @@ class Server(_End):
         self._core: RequestServer[memoryview] = RequestServer()
         self._box: deque[Request] = deque()
         self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
-        self._socket = backend.socket(SocketKind.ROUTER, self._on_request, bind=binds)
-        self._sockets.append(self._socket)
+        self._socket = self._open(backend, SocketKind.ROUTER, self._on_request, bind=binds)
 
     async def recv(self) -> Request:
         """The next request. Cancelled while it waits, nothing is lost.
@@ -702,6 +732,9 @@ class Server(_End):
                 self._socket.send(parts[0], frame)
             case standing:
                 self._refuse(str(standing))
+                if standing == "fenced":  # whoever asks must hear of it, not wait
+                    words = {"error": f"a newer life of {message.node} is here", "fenced": True}
+                    self._socket.send(parts[0], wire.encode(ERROR_KIND, self._node, self._epoch, message.seq, words))
 
     def reply(
         self,

@@ -35,12 +35,12 @@ class MemoryHub:
         bind: Sequence[str] = (),
         connect: Sequence[str] = (),
     ) -> MemorySocket:
-        identity = next(self._identities).to_bytes(5, "big")
-        socket = MemorySocket(self, kind, on_message, identity, tuple(connect))
         for address in bind:
             if address in self._bound:
                 raise AddressInUseError(f"cannot bind {address}: another node of this process holds it")
-            self._bound[address] = socket
+        identity = next(self._identities).to_bytes(5, "big")
+        socket = MemorySocket(self, kind, on_message, identity, tuple(connect))
+        self._bound.update(dict.fromkeys(bind, socket))
         self._sockets.append(socket)
         for address in bind:
             for other in self._sockets:

@@ -46,7 +46,9 @@ MAX_ARRAYS: Final = 64
 MAX_NDIM: Final = 8
 MAX_DEPTH: Final = 8
 MAX_ITEMS: Final = 1024
-"""Of one list or map in a header. msgpack makes room for a whole list as soon as it reads its length, at each depth."""
+"""Of one list in a header: msgpack makes room for a whole list as soon as it reads its length, at each depth."""
+MAX_ENTRIES: Final = 16384
+"""Of one map: these grow as they are read. A node's ledger with hundreds of peers travels as one."""
 DTYPES: Final = {
     name: np.dtype(name)
     for name in (
@@ -274,7 +276,7 @@ def unpack(data: Buffer) -> Any:
             max_str_len=MAX_HEADER,
             max_bin_len=MAX_SPECS,
             max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
+            max_map_len=MAX_ENTRIES,
             max_ext_len=0,
         )
     except Exception as error:  # hostile bytes reach msgpack here, so every error of its is one refusal

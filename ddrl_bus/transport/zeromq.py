@@ -39,15 +39,17 @@ OPTIONS: Final[dict[int, int]] = {
     zmq.HEARTBEAT_TIMEOUT: 5_000,
     zmq.HEARTBEAT_TTL: 5_000,
     zmq.RECONNECT_IVL: 100,
-    zmq.RECONNECT_IVL_MAX: 5_000,
+    zmq.RECONNECT_IVL_MAX: 1_000,  # nodes start in any order: this is how late a peer is found at most
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 30,  # s
     zmq.TCP_KEEPALIVE_INTVL: 10,
     zmq.TCP_KEEPALIVE_CNT: 3,
     zmq.IPV6: 1,
-    zmq.IMMEDIATE: 0,  # what is queued while a connection is down goes out later; its lane tells who may still take it
+    zmq.IMMEDIATE: 0,  # what is queued while a connection is down goes out later; its lane says who may take it
 }
 KIND_OPTIONS: Final[dict[SocketKind, dict[int, int]]] = {
+    SocketKind.SUB: {zmq.LINGER: 0},  # it holds but subscriptions, and would wait for a peer that is gone to take them
+    SocketKind.DEALER: {zmq.LINGER: 0},  # who closes waits for no answer
     SocketKind.XPUB: {zmq.XPUB_VERBOSE: 1},  # see every subscription, also of a topic that is known
     SocketKind.ROUTER: {zmq.ROUTER_MANDATORY: 1},  # an unknown peer is an error, not a silent drop
 }
@@ -78,10 +80,14 @@ class ZmqBackend:
     ) -> ZmqSocket:
         socket = ZmqSocket(self._context, kind, on_message)
         self._sockets.append(socket)
-        for address in bind:
-            socket.bind(address)
-        for address in connect:
-            socket.raw.connect(address)
+        try:
+            for address in bind:
+                socket.bind(address)
+            for address in connect:
+                socket.raw.connect(address)
+        except Exception:
+            socket.close()
+            raise
         return socket
 
     def close(self) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddrl_bus.algos import Spaces, acting, algorithm, make_policy
+from ddrl_bus.algos import Spaces, algorithm, make_policy
 from ddrl_bus.algos.impala import Impala, ImpalaConfig
+from ddrl_bus.algos.noise import Noise
 from ddrl_bus.errors import UsageError
 
 SPACES = Spaces((5,), "float32", "discrete", 3)
@@ -129,7 +130,7 @@ def test_spaces_without_a_policy_or_network_are_refused(spaces: Spaces, message:
 
 
 def test_gumbel_noise_has_its_mean_and_variance_across_blocks() -> None:
-    noise = acting.Noise(0)
+    noise = Noise(0)
     drawn = np.concatenate([noise.gumbel((33, 3)).ravel() for _ in range(1000)])
     assert drawn.dtype == np.float32
     assert drawn.mean() == pytest.approx(0.5772, abs=0.02)
@@ -138,7 +139,7 @@ def test_gumbel_noise_has_its_mean_and_variance_across_blocks() -> None:
 
 
 def test_more_noise_than_a_block_holds() -> None:
-    assert np.isfinite(acting.Noise(0).gumbel((20_000, 3))).all()
+    assert np.isfinite(Noise(0).gumbel((20_000, 3))).all()
 
 
 def test_acting_imports_no_torch() -> None:

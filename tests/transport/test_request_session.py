@@ -70,8 +70,8 @@ def test_lives_of_a_client_are_apart_and_the_older_is_fenced() -> None:
     assert core.arrived("actor-0", 2, 1) == "new"
     core.answer(*C, 1, "for the dead")
     assert core.arrived("actor-0", 2, 1) == "running"
-    assert core.arrived(*C, 1) == "old"
-    assert core.arrived(*C, 2) == "old"
+    assert core.arrived(*C, 1) == "fenced"
+    assert core.arrived(*C, 2) == "fenced"
 
 
 def test_what_left_the_cache_never_runs_again() -> None:

@@ -21,7 +21,8 @@ CHUNK: Final = 256 << 10
 BEACON_EVERY_S: Final = 1.0
 ASK_AFTER_S: Final = 0.5
 """How long a subscriber may know of a newer version without holding it before it asks for a snapshot."""
-MAX_VALUE: Final = 4 << 30
+MAX_VALUE: Final = 256 << 20
+"""Bytes: what a wire frame may hold."""
 
 
 @dataclass(frozen=True, slots=True)

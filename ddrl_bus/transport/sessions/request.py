@@ -83,7 +83,7 @@ class _Peer(Generic[F]):
     """Requests up to this number have left the cache."""
 
 
-Standing = Literal["new", "running", "old"]
+Standing = Literal["new", "running", "old", "fenced"]
 
 
 class RequestServer(Generic[F]):
@@ -93,12 +93,12 @@ class RequestServer(Generic[F]):
         self._peers: dict[str, _Peer[F]] = {}
 
     def arrived(self, client: str, epoch: int, request: int) -> Standing | tuple[F]:
-        """`new`: run it. `running`: it is. `old`: an earlier life or forgotten. Else the answer, to be repeated."""
+        """`new`: run it. `running`: it is. `old`: forgotten. `fenced`: of an earlier life. Else the answer, to repeat."""
         peer = self._peers.get(client)
         if peer is None or epoch > peer.epoch:
             peer = self._peers[client] = _Peer(epoch)
         if epoch < peer.epoch:
-            return "old"
+            return "fenced"
         if request in peer.running:
             return "running"
         if request in peer.answers:

@@ -1,0 +1,286 @@
+"""The commands `ddrl` and `ddrl-node`. No logic, and no import that `ddrl --help` would have to wait for.
+
+stdout is data, stderr is talk. Exit codes are in errors.py; 0 is done or drained, 130 a prompt that was left.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ddrl_bus import __version__
+from ddrl_bus.errors import DdrlError, UsageError
+
+if TYPE_CHECKING:
+    from ddrl_bus.launch.start import Ended
+
+
+class _Command(click.Command):
+    """Ends the process as errors.py says, with a traceback for bugs only, or wherever --debug asks for one."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
+        args = list(sys.argv[1:] if args is None else args)
+        code: Any
+        try:
+            code = super().main(args, **extra | {"standalone_mode": False})
+        except click.ClickException as error:
+            error.show()
+            code = UsageError.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            code = 130
+        except DdrlError as error:
+            click.echo(traceback.format_exc() if "--debug" in args else f"error: {error}", err=True)
+            code = error.exit_code
+        except BrokenPipeError:
+            sys.stdout = None  # whoever read it has left
+            code = 0
+        except Exception:
+            click.echo(f"{traceback.format_exc()}this is a bug in ddrl_bus or in the environment", err=True)
+            code = DdrlError.exit_code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Group(_Command, click.Group):
+    pass
+
+
+debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of every error.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON value on stdout.")
+run_dir_option = click.option("--run-dir", type=click.Path(path_type=Path), help="Default: a new one under runs/.")
+run_argument = click.argument("run", required=False)
+words_argument = click.argument("words", nargs=-1, metavar="[TOPO] [KEY=VALUE]...")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ddrl")
+@debug
+def ddrl() -> None:
+    """Distributed deep reinforcement learning, wired by a YAML file.
+
+    TOPO is a topology file or the name of a packaged one (quickstart where it is left out); KEY=VALUE changes it, as in
+    algo.lr=3e-4. RUN is a run directory or the name of a topology; the latest run where it is left out.
+
+    Exit codes: 0 done or drained, 64 usage or topology, 65 refused file or environment, 69 peer unreachable,
+    70 internal, 75 fenced, 77 security.
+    """
+
+
+@ddrl.command()
+@words_argument
+@click.option("--seed", type=click.IntRange(min=0), help="Short for seed=N.")
+@click.option("--resume", metavar="RUN", help="Go on with an earlier run, from its newest checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
+@click.option("--in-process", is_flag=True, help="All nodes in this process, for breakpoints.")
+@as_json
+@run_dir_option
+@debug
+def run(
+    words: Sequence[str],
+    seed: int | None,
+    resume: str | None,
+    dry_run: bool,
+    in_process: bool,
+    as_json: bool,
+    run_dir: Path | None,
+) -> None:
+    """Train: start every node of a topology on this machine, until it stops."""
+    started = _started()
+    from ddrl_bus.launch import start
+
+    topology, overrides = _split(words)
+    if resume is not None:
+        if topology or seed is not None or run_dir or dry_run:
+            raise UsageError("--resume goes on with a run as it is: no TOPO, --seed, --run-dir or --dry-run beside it")
+        _end(start.resumed_run(resume, overrides, in_process=in_process, started=started), as_json)
+    overrides += [] if seed is None else [f"seed={seed}"]
+    topology = topology or "quickstart"
+    plan = start.plan_of(topology, overrides, in_process=in_process, fresh=not dry_run)
+    if dry_run:
+        from ddrl_bus.topology import show
+
+        click.echo(show.text(plan), nl=False)
+        return
+    _end(start.new_run(plan, [topology, *overrides], path=run_dir, started=started), as_json)
+
+
+@ddrl.command()
+@words_argument
+@debug
+def check(words: Sequence[str]) -> None:
+    """Find everything that is wrong with a topology, environment included."""
+    from ddrl_bus.launch.start import plan_of
+
+    topology, overrides = _split(words)
+    plan = plan_of(_required(topology), overrides)
+    click.echo(f"{plan.name}: {len(plan.nodes)} nodes, {len(plan.links)} links: nothing wrong", err=True)
+
+
+@ddrl.command()
+@words_argument
+@click.option("--mermaid", is_flag=True, help="As a Mermaid flowchart.")
+@debug
+def show(words: Sequence[str], mermaid: bool) -> None:
+    """Print what a topology comes to: nodes, links, addresses."""
+    from ddrl_bus.launch.start import plan_of
+    from ddrl_bus.topology import show
+
+    topology, overrides = _split(words)
+    plan = plan_of(_required(topology), overrides, probe=False)
+    click.echo(show.mermaid(plan) if mermaid else show.text(plan), nl=False)
+
+
+@ddrl.command()
+@debug
+def schema() -> None:
+    """Print the JSON Schema of topology files, for editors."""
+    from ddrl_bus.launch.catalog import catalog
+    from ddrl_bus.topology.schema import json_schema
+
+    click.echo(json.dumps(json_schema(catalog()), indent=2))
+
+
+@ddrl.command()
+@run_argument
+@as_json
+@debug
+def status(run: str | None, as_json: bool) -> None:
+    """Print how a run goes."""
+    import asyncio
+
+    from ddrl_bus.launch import remote, run_dir
+
+    answer = asyncio.run(remote.status_of(run_dir.find(run)))
+    if as_json:
+        click.echo(json.dumps(answer))
+        return
+    from rich.console import Console
+
+    from ddrl_bus.launch.display import table
+
+    Console().print(table(answer))
+
+
+@ddrl.command()
+@run_argument
+@debug
+def stop(run: str | None) -> None:
+    """Have a run drained; it ends a moment later."""
+    import asyncio
+
+    from ddrl_bus.launch import remote, run_dir
+
+    folder = run_dir.find(run)
+    asyncio.run(remote.stop(folder))
+    click.echo(f"{folder} is stopping", err=True)
+
+
+@ddrl.command()
+@run_argument
+@debug
+def logs(run: str | None) -> None:
+    """Print the logs of all nodes of a run in order of time."""
+    from ddrl_bus.launch import logs, run_dir
+
+    for line in logs.merged(run_dir.find(run)):
+        click.echo(line)
+
+
+@ddrl.command("eval")
+@run_argument
+@click.option("--episodes", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
+@debug
+def evaluate(run: str | None, episodes: int, seed: int) -> None:
+    """Play the newest checkpoint of a run and print the returns as JSON."""
+    from ddrl_bus.launch.start import evaluated
+
+    click.echo(json.dumps(evaluated(run, episodes, seed)))
+
+
+@ddrl.group()
+def bench() -> None:
+    """Measure."""
+
+
+@bench.command()
+@as_json
+@debug
+def links(as_json: bool) -> None:
+    """What the link ends cost over the sockets under them."""
+    import dataclasses
+
+    from ddrl_bus.bench.links import measure, rows_as_text
+
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(row) for row in measure()]))
+        return
+    for line in rows_as_text(measure()):
+        click.echo(line)
+
+
+@click.command("ddrl-node", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-t", "--topology", required=True, metavar="TOPO", help="The same file and KEY=VALUEs on every host.")
+@click.option("--name", help="Run this node, in this process.")
+@click.option("--host", help="Run all nodes of this host.")
+@as_json
+@run_dir_option
+@click.version_option(__version__, prog_name="ddrl-node")
+@debug
+def ddrl_node(
+    overrides: Sequence[str], topology: str, name: str | None, host: str | None, as_json: bool, run_dir: Path | None
+) -> None:
+    """Run one node of a topology, or one host's share of it. Hosts start in any order.
+
+    A node that somebody restarts (systemd, Kubernetes) needs --run-dir: its lives are counted there.
+    """
+    started = _started()
+    from ddrl_bus.launch import start
+
+    if (name is None) == (host is None):
+        raise UsageError("give either --name NODE or --host HOST")
+    plan = start.plan_of(topology, overrides)
+    if name is not None:
+        sys.exit(start.one_node(plan, name, path=run_dir, started=started))
+    assert host is not None
+    _end(start.host_share(plan, host, [topology, *overrides], path=run_dir, started=started), as_json)
+
+
+def _started() -> float:
+    """About when this process began, in seconds since 1970: a user waits for our imports too."""
+    return time.time() - time.process_time()
+
+
+def _split(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    topologies = [word for word in words if "=" not in word]
+    if len(topologies) > 1:
+        raise UsageError(f"one topology at a time: got {' and '.join(topologies)}; changes to it are KEY=VALUE")
+    return next(iter(topologies), None), [word for word in words if "=" in word]
+
+
+def _required(topology: str | None) -> str:
+    if topology is None:
+        raise UsageError("which topology? Give a file, or the name of a packaged one, such as quickstart")
+    return topology
+
+
+def _end(ended: Ended, as_json: bool) -> None:
+    """Print how a run ended, and leave with its exit code."""
+    if ended.closing is not None and as_json:
+        click.echo(json.dumps(ended.closing))
+    elif ended.closing is not None:
+        from ddrl_bus.launch.closing import as_text
+
+        click.echo(as_text(ended.closing), err=True)
+    sys.exit(ended.exit_code)
+
+
+if __name__ == "__main__":
+    ddrl()

@@ -1,0 +1,287 @@
+"""The supervisor of one host's share of a run: a process per node, spawned, restarted, and none left behind.
+
+A node that crashes is started again after FIRST_DELAY_S, which doubles with each crash, until it crashed more than
+RESTARTS times within WITHIN_S; then everybody is stopped and the node's first exception is shown. What a restart
+cannot mend (NOT_RETRIED) ends the run at once. A node that left by itself although the run goes on is started again
+after the grace time.
+
+    the controller finished    others may drain for `grace`, then SIGTERM, then after TERM_S SIGKILL
+    SIGINT, SIGTERM, SIGHUP    the controller is asked to drain everybody, then as above; where none answers: SIGTERM
+    the same a second time     SIGKILL
+    a node cannot go on        SIGTERM, after `grace` SIGKILL
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ddrl_bus.errors import EnvError, RemoteError, SecurityError, UnreachableError, UsageError
+from ddrl_bus.launch import closing, logs, remote, run_dir
+from ddrl_bus.launch.display import Display
+from ddrl_bus.launch.node import INTERNAL
+from ddrl_bus.topology import NodePlan, Plan
+
+RESTARTS: Final = 3
+WITHIN_S: Final = 60.0
+FIRST_DELAY_S: Final = 0.5
+NOT_RETRIED: Final = frozenset({UsageError.exit_code, EnvError.exit_code, SecurityError.exit_code})
+TERM_S: Final = 3.0
+STATUS_S: Final = 1.0
+START_ORDER: Final = ("learner", "controller", "actor", "evaluator")  # the slowest to start first
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TAIL_BYTES: Final = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a life of a node ended that should not have."""
+
+    node: str
+    code: int
+    """As of `subprocess`: negative for a signal."""
+    traceback: str
+    log: Path
+    at: float
+
+    @property
+    def exit_code(self) -> int:
+        return self.code if self.code > 0 else INTERNAL
+
+    def __str__(self) -> str:
+        return f"{self.node} on {platform.node()} {how(self.code)}; its log is {self.log}\n{self.traceback}".rstrip()
+
+
+def how(code: int) -> str:
+    return f"failed with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+
+
+class Supervisor:
+    """Runs the nodes of one host.
+
+    After `run`, `failure` is why the run was given up, if it was, and `restarts` counts the lives beyond each first.
+    """
+
+    def __init__(self, plan: Plan, host: str, folder: Path, display: Display) -> None:
+        self.failure: Failure | None = None
+        self.restarts = 0
+        self._plan = plan
+        self._folder = folder
+        self._display = display
+        self._nodes: Sequence[NodePlan] = sorted(plan.on_host(host), key=lambda node: _rank(node.kind))
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._left: set[str] = set()
+        self._ending = asyncio.Event()
+        self._asked = False
+
+    @property
+    def has_controller(self) -> bool:
+        return any(node.kind == "controller" for node in self._nodes)
+
+    async def run(self) -> None:
+        """Returns when every node of this host is gone."""
+        with self._signals():
+            async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(self._watch(), name="watch")
+                keepers = [tasks.create_task(self._keep(node), name=node.name) for node in self._nodes]
+                await self._ending.wait()
+                await self._end(keepers)
+                watch.cancel()
+
+    # ── one node ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _keep(self, node: NodePlan) -> None:
+        """Life after life of one node, until the run ends."""
+        crashes: deque[Failure] = deque()
+        while True:
+            failure = await self._live(node)
+            if self._ending.is_set():
+                if failure is not None and failure.code > 0 and self.failure is None:
+                    self._display.note(f"while the run ended: {failure}")
+                return
+            if failure is None:
+                if await self._is_over(node):
+                    return
+                self._display.note(f"{node.name} left, but the run goes on; starting it again")
+            else:
+                crashes.append(failure)
+                while crashes[0].at < failure.at - WITHIN_S:
+                    crashes.popleft()
+                if failure.code in NOT_RETRIED or len(crashes) > RESTARTS:
+                    self.failure = crashes[0]
+                    self._ending.set()
+                    return
+                delay = FIRST_DELAY_S * 2 ** (len(crashes) - 1)
+                self._display.note(
+                    f"{node.name} {how(failure.code)}; restart {len(crashes)} of {RESTARTS} in {delay} s"
+                )
+                if await self._ends_within(delay):
+                    return
+            self.restarts += 1
+
+    async def _is_over(self, node: NodePlan) -> bool:
+        """Whether the run ends too, now that a node drained."""
+        self._left.add(node.name)
+        finished = node.kind == "controller" and (self._folder / closing.RESULT).exists()
+        if finished or len(self._left) == len(self._nodes):
+            self._ending.set()
+        over = await self._ends_within(self._plan.grace)
+        self._left.discard(node.name)
+        return over
+
+    async def _ends_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ending.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _live(self, node: NodePlan) -> Failure | None:
+        """One process of a node, from its start to its end."""
+        log = logs.path_of(self._folder, node.name)
+        log_began = log.stat().st_size if log.exists() else 0
+        with _Talk(self._display) as talk:
+            process = await asyncio.create_subprocess_exec(
+                *self._command(node),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=talk.ear,
+                stderr=talk.ear,
+                env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+                start_new_session=True,  # Ctrl-C is for the supervisor
+            )
+            self._processes[node.name] = process
+            try:
+                await process.wait()
+            finally:
+                del self._processes[node.name]
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
+                code = await process.wait()
+        if code == 0:
+            return None
+        return Failure(node.name, code, logs.last_exception(log, log_began) or talk.tail, log, time.monotonic())
+
+    def _command(self, node: NodePlan) -> Sequence[str]:
+        command = [sys.executable, "-P", "-m", "ddrl_bus.launch.node", "--parent", str(os.getpid())]
+        lock = self._folder / run_dir.LOCK_FILE
+        return [*command, "--name", node.name, "--run-dir", str(self._folder), "--topology", str(lock)]
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _end(self, keepers: Sequence[asyncio.Task[None]]) -> None:
+        """Wait for the nodes to go, with growing pressure."""
+        drains = self.failure is None and (not self._asked or await self._ask_controller())
+        if drains:
+            await asyncio.wait(keepers, timeout=self._plan.grace)
+        self._signal_all(signal.SIGTERM)
+        await asyncio.wait(keepers, timeout=TERM_S if drains else self._plan.grace)
+        self._signal_all(signal.SIGKILL)
+        await asyncio.wait(keepers)
+
+    async def _ask_controller(self) -> bool:
+        """Whether the controller is here and has heard that it shall drain everybody."""
+        if not self.has_controller:
+            return False
+        try:
+            with remote.controller(run_dir.status_address(self._plan)) as controller:
+                await controller.stop()
+        except (UnreachableError, RemoteError) as error:
+            self._display.note(f"the controller does not drain the run ({error}); stopping each node")
+            return False
+        return True
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for process in list(self._processes.values()):
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._signalled)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _signalled(self) -> None:
+        if self._asked:
+            self._signal_all(signal.SIGKILL)
+            self._display.note("killing every node")
+        else:
+            self._asked = True
+            self._ending.set()
+            self._display.note("stopping; once more to kill at once")
+
+    # ── meanwhile ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _watch(self) -> None:
+        """Show how the run goes, as long as it does."""
+        if not self.has_controller:
+            return
+        with remote.controller(run_dir.status_address(self._plan)) as controller:
+            while True:
+                with contextlib.suppress(UnreachableError, RemoteError):  # starting, or on its way back
+                    self._display.show(await controller.status())
+                await asyncio.sleep(STATUS_S)
+
+
+def _rank(kind: str) -> int:
+    return START_ORDER.index(kind) if kind in START_ORDER else len(START_ORDER)
+
+
+class _Talk:
+    """What a process and all it starts say on stdout and stderr: shown as it comes; `tail` is the end of it.
+
+    Not asyncio's pipes: with those, a process is over only when nobody holds its output open any more.
+    """
+
+    def __init__(self, display: Display) -> None:
+        self.tail = ""
+        self._display = display
+        self._mouth, self.ear = os.pipe()
+        os.set_blocking(self._mouth, False)
+        self._rest = b""
+
+    def __enter__(self) -> _Talk:
+        asyncio.get_running_loop().add_reader(self._mouth, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._mouth)
+        os.close(self.ear)
+        while self._hear():
+            pass
+        self._say(self._rest)
+        os.close(self._mouth)
+
+    def _hear(self) -> bool:
+        """Whether there was anything."""
+        try:
+            heard = os.read(self._mouth, TAIL_BYTES)
+        except BlockingIOError:
+            return False
+        *lines, self._rest = (self._rest + heard).split(b"\n")
+        if len(self._rest) > TAIL_BYTES:
+            lines, self._rest = [*lines, self._rest], b""
+        self._say(b"\n".join(lines))
+        return bool(heard)
+
+    def _say(self, words: bytes) -> None:
+        text = words.decode(errors="replace")
+        if text.strip():
+            self.tail = f"{self.tail}\n{text}"[-TAIL_BYTES:].lstrip("\n")
+            self._display.note(text)

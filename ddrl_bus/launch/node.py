@@ -1,0 +1,107 @@
+"""What one node's process is: `python -m ddrl_bus.launch.node --topology LOCK --name N --run-dir D`.
+
+Six of these start at once on two cores: nothing here imports torch, rich or click.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from ddrl_bus.errors import DdrlError
+from ddrl_bus.launch import logs, run_dir
+from ddrl_bus.topology import Plan
+
+INTERNAL: Final = DdrlError.exit_code
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> int:
+    """One life of one node, to its end; the exit code of its process.
+
+    Args:
+        parent: pid whose death ends this node too; it drains then.
+    """
+    if parent is not None:
+        _die_with(parent)
+    with logs.attached(folder, name, logging.getLogger()) as log:
+        try:
+            with asyncio.Runner(debug=False, loop_factory=_loop_factory()) as runner:
+                runner.run(_serve(plan, name, folder))
+        except Exception as error:
+            if log.shown is not error:
+                logging.getLogger(f"ddrl_bus.{name}").critical("failed", exc_info=error)
+            return error.exit_code if isinstance(error, DdrlError) else INTERNAL
+    return 0
+
+
+async def _serve(plan: Plan, name: str, folder: Path) -> None:
+    from ddrl_bus.nodes.base import serve
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def signalled(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+        # The kernel keeps this deadline, so a blocked event loop cannot miss it.
+        signal.setitimer(signal.ITIMER_REAL, max(plan.grace, 0.001))
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, signalled, number)
+    await serve(plan, name, run_dir=folder, epoch=run_dir.next_epoch(folder, name), stop=stop)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def _die_with(parent: int) -> None:
+    """Get SIGTERM when `parent` is gone, however it went (Linux; elsewhere its supervisor has to end it)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it went before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("ddrl_bus.launch.node", description="One node of a run. Use ddrl-node.")
+    parser.add_argument("--topology", type=Path, required=True, help="expanded topology")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--parent", type=int, help="pid whose death ends this node")
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)  # until the loop runs there is nothing to drain
+
+    from ddrl_bus.launch.catalog import catalog
+    from ddrl_bus.topology import load
+
+    try:
+        plan = load(options.topology, catalog=catalog())
+    except DdrlError as error:
+        print(f"{options.name}: {error}", file=sys.stderr)
+        return error.exit_code
+    return run(plan, options.name, options.run_dir, parent=options.parent)
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # waits for no thread, and for no library to take itself apart

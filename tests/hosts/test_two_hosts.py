@@ -1,0 +1,155 @@
+"""Two hosts, each a network namespace of its own, joined by one cable: the reference topology over tcp.
+
+Each host has its own run directory, and its own folder for sockets, as two machines would.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from runs import ENVIRON, Run, assert_closed, command
+
+from ddrl_bus.launch import closing
+from ddrl_bus.transport import ledger
+
+ADDRESSES = {"gpu0": "10.77.0.1", "cpu1": "10.77.0.2"}
+LATE_S = 10.0
+DOWN_S = 2.0
+MISSING = "needs root and iproute2" if os.geteuid() or not shutil.which("ip") else ""
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(bool(MISSING) and os.environ.get("CI") != "true", reason=MISSING),
+]
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Cable:
+    """Two namespaces and the veth pair between them."""
+
+    namespaces: dict[str, str]
+    ends: dict[str, str]
+
+    def unplugged(self, seconds: float) -> None:
+        ip("-n", self.namespaces["gpu0"], "link", "set", self.ends["gpu0"], "down")
+        try:
+            time.sleep(seconds)
+        finally:
+            ip("-n", self.namespaces["gpu0"], "link", "set", self.ends["gpu0"], "up")
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    namespaces = {host: f"ddrl-{os.getpid()}-{host}" for host in ADDRESSES}
+    ends = {host: f"dd{os.getpid()}{host[0]}" for host in ADDRESSES}
+    with ExitStack() as undo:
+        for name in namespaces.values():
+            ip("netns", "add", name)
+            undo.callback(ip, "netns", "del", name)  # its end of the cable goes with it
+        near, far = ends.values()
+        ip("link", "add", near, "type", "veth", "peer", "name", far)
+        for host, name in namespaces.items():
+            ip("link", "set", ends[host], "netns", name)
+            ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", ends[host])
+            ip("-n", name, "link", "set", ends[host], "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield Cable(namespaces, ends)
+
+
+@contextmanager
+def share(cable: Cable, host: str, folder: Path, *overrides: str) -> Iterator[Run]:
+    """`ddrl-node --host HOST` on that host."""
+    sockets = Path(tempfile.mkdtemp(prefix=f"{host}-"))  # a path that leaves room for the names of sockets
+    words = ["-t", "two-hosts", "--host", host, "--json", "--run-dir", str(folder), "nodes.actor.count=2", *overrides]
+    environ = ENVIRON | {"TMPDIR": str(sockets), "GPU0": ADDRESSES["gpu0"], "CPU1": ADDRESSES["cpu1"]}
+    prefix = ("ip", "netns", "exec", cable.namespaces[host])
+    run = Run(folder, command(*words, name="ddrl_node", prefix=prefix), environ)
+    try:
+        yield run
+    finally:
+        run.close()
+        shutil.rmtree(sockets)
+
+
+def assert_books_agree(learner: Run, actors: Run) -> ledger.Balance:
+    """What the controller heard of the other host closes the books exactly as that host's own ledgers do."""
+    told = learner.books()
+    pages = [ledger.read(page) for run in (learner, actors) for page in (run.folder / "ledger").glob("*.page")]
+    assert ledger.audit(pages)["trajectories"] == told
+    assert len(list(closing.lives(learner.folder))) == len(pages)
+    assert_closed(told)
+    return told
+
+
+def test_the_actors_come_ten_seconds_late_and_it_is_solved(cable: Cable, tmp_path: Path) -> None:
+    with share(cable, "gpu0", tmp_path / "gpu0") as learner:
+        learner.pid("learner-0")
+        time.sleep(LATE_S)
+        with share(cable, "cpu1", tmp_path / "cpu1") as actors:
+            ended = learner.ends()
+            assert actors.ends() == {}  # the controller is elsewhere
+            assert ended["reason"] == "reward"
+            assert ended["return"] >= 475
+            balance = assert_books_agree(learner, actors)
+            assert balance.lost == balance.refused == balance.queued == 0
+            assert ended["ledger"]["closed"]
+            steps = sum(actors.counters(f"actor-{n}")["env_steps"] for n in (0, 1))
+            assert ended["env_steps"] == steps
+            assert {"actor-0", "actor-1", "learner-0", "evaluator-0"} <= ended["overhead"].keys()
+
+
+def test_the_learner_comes_late_and_the_cable_is_pulled(cable: Cable, tmp_path: Path) -> None:
+    """For two seconds nothing goes through; training goes on, and every unroll is accounted for."""
+    overrides = ("stop.reward=null", "stop.steps=400000")
+    with share(cable, "cpu1", tmp_path / "cpu1", *overrides) as actors:
+        actors.pid("actor-0")
+        time.sleep(LATE_S)
+        assert actors.process.poll() is None, actors.said
+        with share(cable, "gpu0", tmp_path / "gpu0", *overrides) as learner:
+            learner.until(lambda: learner.trained() > 20, "training over tcp")
+            cable.unplugged(DOWN_S)
+            learner.trains_on(50, "training after the cable was plugged in again")
+            ended = learner.ends()
+            assert actors.ends() == {}
+            assert (ended["reason"], ended["restarts"]) == ("steps", 0)
+            assert ended["return"] > 60
+            assert_books_agree(learner, actors)
+            assert ended["ledger"]["closed"]
+
+
+def test_a_signal_to_one_host_drains_both(cable: Cable, tmp_path: Path) -> None:
+    with share(cable, "gpu0", tmp_path / "gpu0") as learner, share(cable, "cpu1", tmp_path / "cpu1") as actors:
+        learner.until(lambda: learner.trained() > 20, "training over tcp")
+        learner.process.send_signal(signal.SIGTERM)
+        assert learner.ends()["reason"] == "stop"
+        assert actors.ends() == {}
+        balance = assert_books_agree(learner, actors)
+        assert (balance.lost, balance.queued) == (0, 0)
+
+
+def test_a_killed_actor_of_another_host_closes_the_books_exactly(cable: Cable, tmp_path: Path) -> None:
+    """Its last heartbeat was older than its last unroll: the next life tells what the ledger of the dead one holds."""
+    with share(cable, "gpu0", tmp_path / "gpu0") as learner, share(cable, "cpu1", tmp_path / "cpu1") as actors:
+        learner.until(lambda: learner.trained() > 20, "training over tcp")
+        actors.kill("actor-0")
+        actors.pid("actor-0", life=2)
+        learner.trains_on(50, "training after the restart")
+        learner.process.send_signal(signal.SIGTERM)
+        ended = learner.ends()
+        assert actors.ends() == {}
+        assert_books_agree(learner, actors)
+        assert ended["ledger"]["closed"]

@@ -1,0 +1,263 @@
+"""The supervisor over small programs in place of nodes; tests/test_cli.py has it over real ones."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from ddrl_bus.launch import local
+from ddrl_bus.launch.local import Supervisor
+from ddrl_bus.launch.remote import Status
+from ddrl_bus.launch.start import plan_of
+from ddrl_bus.topology import NodePlan
+
+HEAD = """
+import os, pathlib, signal, subprocess, sys, time
+folder, node = pathlib.Path(sys.argv[1]), sys.argv[2]
+with (folder / f"{node}.pids").open("a") as pids:
+    pids.write(f"{os.getpid()}\\n")
+life = len((folder / f"{node}.pids").read_text().split())
+def finish(): (folder / "result.json").write_text("{}")
+def wait(path):
+    while not (folder / path).exists(): time.sleep(0.01)
+"""
+UNTIL_TERM = "signal.sigwait({signal.SIGTERM})"
+"""Works until it is told to go."""
+ONLY_KILL = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(folder / 'deaf').touch()\ntime.sleep(60)"
+BLOCK = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Other processes tell us nothing: look until it `holds`."""
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def is_gone(pid_file: Path) -> bool:
+    """Whether the process has ended; as a zombie too, where a container's first process reaps nobody."""
+    stat = Path(f"/proc/{int(pid_file.read_text())}/stat")
+    return not stat.exists() or ") Z " in stat.read_text()
+
+
+class Notes:
+    """A display that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+    def show(self, status: Status) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Programs(Supervisor):
+    """Starts the Python program given for a node instead of the node."""
+
+    def __init__(self, folder: Path, programs: dict[str, str], grace: float = 0.3) -> None:
+        (folder / "logs").mkdir()
+        self.notes = Notes()
+        self.folder = folder
+        self.programs = programs
+        overrides = [f"grace={grace}", "nodes.actor.count=1"]
+        plan = plan_of("quickstart", overrides, probe=False, fresh=True)
+        super().__init__(plan, "local", folder, self.notes)
+
+    def _command(self, node: NodePlan) -> Sequence[str]:
+        program = HEAD + BLOCK + self.programs.get(node.name, UNTIL_TERM)
+        return [sys.executable, "-c", program, str(self.folder), node.name]
+
+    @property
+    def has_controller(self) -> bool:
+        return False  # none that could be asked
+
+    async def run(self) -> None:
+        async with asyncio.timeout(30):
+            await super().run()
+        assert not self._processes
+        for pids in self.folder.glob("*.pids"):
+            for pid in map(int, pids.read_text().split()):
+                with pytest.raises(ProcessLookupError):
+                    os.kill(pid, 0)
+
+    def lives(self, node: str) -> int:
+        return len((self.folder / f"{node}.pids").read_text().split())
+
+    def heard(self, text: str) -> bool:
+        return any(text in note for note in self.notes.said)
+
+    async def until(self, *files: str) -> None:
+        await eventually(lambda: all((self.folder / file).exists() for file in files))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "FIRST_DELAY_S", 0.05)
+    monkeypatch.setattr(local, "TERM_S", 0.3)
+
+
+FINISH = "finish()"
+
+
+async def test_a_finished_controller_ends_the_run(tmp_path: Path) -> None:
+    supervisor = Programs(tmp_path, {"controller-0": FINISH})
+    await supervisor.run()
+
+    assert supervisor.failure is None
+    assert supervisor.restarts == 0
+    assert supervisor.notes.said == []
+
+
+async def test_a_host_without_the_controller_ends_when_its_nodes_left(tmp_path: Path) -> None:
+    everybody = ("learner-0", "controller-0", "actor-0", "evaluator-0")
+    supervisor = Programs(tmp_path, dict.fromkeys(everybody, ""), grace=20)
+    began = time.monotonic()
+    await supervisor.run()
+
+    assert supervisor.restarts == 0
+    assert time.monotonic() - began < 10
+
+
+async def test_a_crashed_node_is_started_again(tmp_path: Path) -> None:
+    actor = f"if life < 3: sys.exit('life %d' % life)\n(folder / 'third').touch()\n{UNTIL_TERM}"
+    supervisor = Programs(tmp_path, {"actor-0": actor, "controller-0": "wait('third'); finish()"})
+    await supervisor.run()
+
+    assert supervisor.failure is None
+    assert supervisor.restarts == 2
+    assert supervisor.heard("actor-0 failed with exit code 1; restart 1 of 3 in 0.05 s")
+    assert supervisor.heard("actor-0 failed with exit code 1; restart 2 of 3 in 0.1 s")
+
+
+async def test_a_spent_budget_ends_the_run_and_shows_the_first_exception(tmp_path: Path) -> None:
+    actor = "raise ValueError('in life %d' % life)"
+    supervisor = Programs(tmp_path, {"actor-0": actor})
+    await supervisor.run()
+
+    assert supervisor.lives("actor-0") == 1 + local.RESTARTS
+    assert supervisor.failure is not None
+    assert supervisor.failure.exit_code == 1
+    assert "Traceback" in str(supervisor.failure)
+    assert "ValueError: in life 1" in str(supervisor.failure)
+    assert f"{tmp_path}/logs/actor-0.log" in str(supervisor.failure)
+
+
+async def test_old_crashes_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "WITHIN_S", 0.0)
+    actor = f"if life < 8: sys.exit(1)\n(folder / 'eighth').touch()\n{UNTIL_TERM}"
+    supervisor = Programs(tmp_path, {"actor-0": actor, "controller-0": "wait('eighth'); finish()"})
+    await supervisor.run()
+
+    assert supervisor.failure is None
+    assert supervisor.restarts == 7
+
+
+@pytest.mark.parametrize("code", sorted(local.NOT_RETRIED))
+async def test_what_a_restart_cannot_mend_ends_the_run_at_once(tmp_path: Path, code: int) -> None:
+    supervisor = Programs(tmp_path, {"learner-0": f"sys.exit({code})"})
+    await supervisor.run()
+
+    assert supervisor.lives("learner-0") == 1
+    assert supervisor.failure is not None
+    assert supervisor.failure.exit_code == code
+
+
+async def test_the_exception_in_the_log_is_the_one_shown(tmp_path: Path) -> None:
+    record = {"time": "t", "level": "ERROR", "node": "actor-0", "message": "m", "exception": "EnvError: whole"}
+    actor = f"(folder / 'logs/actor-0.log').write_text({json.dumps(record)!r})\nprint('talk')\nsys.exit(65)"
+    supervisor = Programs(tmp_path, {"actor-0": actor})
+    await supervisor.run()
+
+    assert supervisor.failure is not None
+    assert supervisor.failure.traceback == "EnvError: whole"
+    assert supervisor.heard("talk")
+
+
+async def test_a_killed_node_is_named_by_its_signal(tmp_path: Path) -> None:
+    supervisor = Programs(tmp_path, {"actor-0": "os.kill(os.getpid(), signal.SIGKILL)"})
+    await supervisor.run()
+
+    assert supervisor.heard("actor-0 was killed by SIGKILL; restart 1 of 3")
+    assert supervisor.failure is not None
+    assert supervisor.failure.exit_code == 70
+
+
+async def test_a_node_that_left_is_wanted_back_while_the_run_goes_on(tmp_path: Path) -> None:
+    learner = f"if life == 1: sys.exit(0)\n(folder / 'back').touch()\n{UNTIL_TERM}"
+    supervisor = Programs(tmp_path, {"learner-0": learner, "controller-0": "wait('back'); finish()"})
+    await supervisor.run()
+
+    assert supervisor.lives("learner-0") == 2
+    assert supervisor.heard("learner-0 left, but the run goes on")
+
+
+async def test_a_node_deaf_to_sigterm_is_killed(tmp_path: Path) -> None:
+    supervisor = Programs(tmp_path, {"actor-0": ONLY_KILL, "controller-0": "wait('deaf'); finish()"})
+    await supervisor.run()
+
+    assert supervisor.failure is None
+
+
+async def test_the_first_signal_drains_and_a_second_one_kills(tmp_path: Path) -> None:
+    supervisor = Programs(tmp_path, {"actor-0": ONLY_KILL}, grace=20)
+    running = asyncio.create_task(supervisor.run())
+    await supervisor.until("deaf", "learner-0.pids")
+    os.kill(os.getpid(), signal.SIGINT)
+    await eventually(lambda: len(supervisor._processes) == 1)  # the others do as they are told
+    assert not running.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(10):
+        await running
+
+    assert supervisor.failure is None
+    assert supervisor.heard("stopping")
+    assert supervisor.heard("killing every node")
+
+
+async def test_nothing_that_a_node_started_outlives_it(tmp_path: Path) -> None:
+    """Nor does a child that holds the output open keep a dead node from being noticed."""
+    child = "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    child += "(folder / 'children').write_text(str(child.pid))\nsys.exit(1)"
+    supervisor = Programs(tmp_path, {"actor-0": child})
+    began = time.monotonic()
+    await supervisor.run()
+
+    assert supervisor.failure is not None
+    assert time.monotonic() - began < 20
+    await eventually(lambda: is_gone(tmp_path / "children"))
+
+
+async def test_a_cancelled_supervisor_leaves_nobody_behind(tmp_path: Path) -> None:
+    supervisor = Programs(tmp_path, {"actor-0": ONLY_KILL})
+    running = asyncio.create_task(supervisor.run())
+    await supervisor.until("deaf")
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+    await eventually(lambda: is_gone(tmp_path / "actor-0.pids"))
+
+
+async def test_long_lines_and_bytes_that_are_no_text_pass(tmp_path: Path) -> None:
+    actor = r"os.write(2, b'\xff' + b'x' * 200_000 + b'\nend without newline'); sys.exit(65)"
+    supervisor = Programs(tmp_path, {"actor-0": actor})
+    await supervisor.run()
+
+    assert sum(note.count("x") for note in supervisor.notes.said) >= 200_000
+    assert supervisor.failure is not None
+    assert supervisor.failure.traceback.endswith("end without newline")
+    assert len(supervisor.failure.traceback) <= local.TAIL_BYTES

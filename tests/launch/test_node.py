@@ -1,0 +1,159 @@
+"""The process of one node."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddrl_bus.errors import EnvError, FencedError
+from ddrl_bus.launch import node, run_dir
+from ddrl_bus.launch.start import plan_of
+from ddrl_bus.topology import Plan
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return plan_of("quickstart", ["grace=2"], probe=False, fresh=True)
+
+
+@pytest.fixture
+def folder(plan: Plan, tmp_path: Path) -> Path:
+    return run_dir.create(plan, path=tmp_path / "run", command=["test"], started=0.0)
+
+
+def run_with(serve: Any, plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a node whose work is `serve`."""
+    import ddrl_bus.nodes.base
+
+    monkeypatch.setattr(ddrl_bus.nodes.base, "serve", serve)
+    return node.run(plan, "actor-0", folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(EnvError("broken"), 65), (FencedError("old"), 75), (ValueError("a bug"), 70)]
+)
+def test_exit_code_and_log_of_a_failure(
+    error: Exception, code: int, plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(*_: Any, **__: Any) -> None:
+        raise error
+
+    assert run_with(serve, plan, folder, monkeypatch) == code
+    (record,) = map(json.loads, (folder / "logs" / "actor-0.log").read_text().splitlines())
+    assert record["message"] == "failed"
+    assert f"{type(error).__name__}: {error}" in record["exception"]
+
+
+def test_a_failure_that_the_node_logged_is_not_logged_twice(
+    plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(*_: Any, **__: Any) -> None:
+        try:
+            raise EnvError("broken")
+        except EnvError:
+            node.logging.getLogger("ddrl_bus.actor-0").exception("failed")
+            raise
+
+    assert run_with(serve, plan, folder, monkeypatch) == 65
+    assert len((folder / "logs" / "actor-0.log").read_text().splitlines()) == 1
+
+
+def test_the_first_signal_sets_stop(plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve(*_: Any, epoch: int, stop: asyncio.Event, **__: Any) -> None:
+        assert epoch >> 32 == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(5):
+            await stop.wait()
+        signal.setitimer(signal.ITIMER_REAL, 0)  # the deadline is the test runner's too
+
+    assert run_with(serve, plan, folder, monkeypatch) == 0
+
+
+# ── real processes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def start(folder: Path, code: str = "", *arguments: str) -> subprocess.Popen[str]:
+    """A node's process; `code` replaces its work."""
+    program = f"import asyncio, time, sys\nimport ddrl_bus.nodes.base as base\n{code}\n"
+    program += "from ddrl_bus.launch import node\nsys.exit(node.main())"
+    options = ["--topology", str(folder / run_dir.LOCK_FILE), "--name", "actor-0", "--run-dir", str(folder)]
+    command = [sys.executable, "-c", program, *options, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+SERVING = """
+async def serve(*_, stop, **__):
+    print("serving", flush=True)
+    {}
+base.serve = serve
+"""
+
+
+def heard(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdout
+    assert word in process.stdout.readline()
+
+
+def test_sigterm_drains(folder: Path) -> None:
+    with start(folder, SERVING.format("await stop.wait(); print('drained', flush=True)")) as process:
+        heard(process, "serving")
+        process.send_signal(signal.SIGTERM)
+        heard(process, "drained")
+        assert process.wait(10) == 0
+
+
+def test_a_second_signal_ends_at_once(folder: Path) -> None:
+    with start(
+        folder, SERVING.format("await stop.wait(); print('draining', flush=True); await asyncio.sleep(60)")
+    ) as p:
+        heard(p, "serving")
+        p.send_signal(signal.SIGINT)
+        heard(p, "draining")
+        p.send_signal(signal.SIGINT)
+        assert p.wait(10) == 128 + signal.SIGINT
+
+
+def test_a_drain_that_hangs_ends_after_grace_even_with_a_blocked_loop(folder: Path) -> None:
+    with start(folder, SERVING.format("await stop.wait(); print('hanging', flush=True); time.sleep(60)")) as process:
+        heard(process, "serving")
+        process.send_signal(signal.SIGTERM)
+        heard(process, "hanging")
+        assert process.wait(10) == -signal.SIGALRM
+
+
+def test_a_node_whose_parent_is_gone_already_does_not_start(folder: Path) -> None:
+    with start(folder, SERVING.format("print('worked', flush=True)"), "--parent", "1") as process:
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+    assert "worked" not in output
+
+
+def test_a_node_drains_when_its_parent_dies(folder: Path) -> None:
+    """Even when the parent had no chance to say goodbye."""
+    parent_program = "import os, subprocess, sys; print(subprocess.Popen([*sys.argv[1:], '--parent', str(os.getpid())])"
+    parent_program += ".pid, flush=True); import time; time.sleep(60)"
+    serving = SERVING.format("await stop.wait(); print('drained', flush=True)")
+    program = f"import asyncio, sys\nimport ddrl_bus.nodes.base as base\n{serving}\n"
+    program += "from ddrl_bus.launch import node\nsys.exit(node.main())"
+    options = ["--topology", str(folder / run_dir.LOCK_FILE), "--name", "actor-0", "--run-dir", str(folder)]
+    command = [sys.executable, "-c", parent_program, sys.executable, "-c", program, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline().strip().isdigit()
+        heard(parent, "serving")
+        parent.kill()
+        heard(parent, "drained")
+
+
+def test_a_missing_topology_is_refused_in_words(folder: Path) -> None:
+    missing = [sys.executable, "-m", "ddrl_bus.launch.node", "--topology", "none.yaml", "--name", "x", "--run-dir", "."]
+    result = subprocess.run(missing, capture_output=True, text=True, timeout=60, cwd=folder, check=False)
+
+    assert result.returncode == 64
+    assert result.stderr == "x: none.yaml: cannot read 'none.yaml': No such file or directory\n"

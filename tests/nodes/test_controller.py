@@ -1,0 +1,369 @@
+"""A controller; a test plays all others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rig import PATIENCE_S, Living, Rig, beat, eventually, json_of, progress_of, rig_of
+
+from ddrl_bus.errors import FencedError, RemoteError
+from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Progress, parse
+from ddrl_bus.nodes import controller as controllers
+from ddrl_bus.transport.ledger import Ledger
+from ddrl_bus.transport.links import Client
+
+NODES = {"actor-0": "actor", "actor-1": "actor", "learner-0": "learner", "evaluator-0": "evaluator"}
+
+
+class Stage:
+    """A controller, and members that report when the test says so."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.clients: dict[tuple[str, int], Client] = {}
+        self.controller: Living = rig.start("controller-0")
+        self.control = rig.subscriber("actor-0", "control")
+
+    async def beat(self, name: str, life: int = 1, **change: Any) -> Control:
+        if (name, life) not in self.clients:
+            self.clients[name, life] = self.rig.client(name, life=life)
+        return await beat(self.clients[name, life], progress_of(self.rig.plan, NODES[name], **change))
+
+    async def everybody(self, **change: Any) -> None:
+        for name in NODES:
+            await self.beat(name, **change)
+
+    async def evaluated(self, mean: float, number: int, confirm: int = 0) -> Control:
+        evaluation = Evaluation(mean, 20, version=1, learner_epoch=1, env_steps=40, confirm=confirm, number=number)
+        return await self.beat("evaluator-0", evaluation=evaluation)
+
+    async def said(self, phase: str, **expected: Any) -> Control:
+        """The first control of this phase, and of these values, that is published."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                control = parse(Control, await self.control.next())
+                if control.phase == phase and all(getattr(control, k) == v for k, v in expected.items()):
+                    return control
+
+    async def asked(self, kind: str, node: str = "people") -> Any:
+        (address,) = self.rig.plan.ports("actor-0")["progress"].peers.values()
+        return await self.rig.bus(node).client("progress", address).request(kind, timeout_s=PATIENCE_S)
+
+    async def status(self) -> Any:
+        return json_of(await self.asked(STATUS))
+
+    def result(self) -> Any:
+        return json.loads((self.rig.folder / "result.json").read_text())
+
+
+OnStage = Callable[..., AbstractAsyncContextManager[Stage]]
+
+
+@pytest.fixture
+def on_stage(tmp_path: Path) -> OnStage:
+    @asynccontextmanager
+    async def made(*overrides: str) -> AsyncIterator[Stage]:
+        async with rig_of(tmp_path, *overrides) as rig:
+            stage = Stage(rig)
+            await stage.said("run")
+            yield stage
+
+    return made
+
+
+REWARD = "stop.reward=475"
+
+# ── confirm, resume ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_reward_is_confirmed_then_everybody_drains(on_stage: OnStage) -> None:
+    async with on_stage(REWARD) as stage:
+        await stage.everybody()
+        await stage.evaluated(474.9, number=1)
+        await stage.evaluated(475.0, number=2)
+        asked = await stage.said("confirm", reason="reward")
+        assert asked.confirm > 0
+        await stage.evaluated(480.0, number=3, confirm=asked.confirm)
+        await stage.said("drain", reason="reward", draining=["actor-0", "actor-1", "evaluator-0"])
+
+
+async def test_a_reward_that_does_not_hold_goes_on(on_stage: OnStage) -> None:
+    async with on_stage(REWARD) as stage:
+        await stage.everybody()
+        await stage.evaluated(500.0, number=1)
+        first = await stage.said("confirm")
+        await stage.evaluated(440.0, number=2, confirm=first.confirm)
+        await stage.said("run")
+        assert (await stage.evaluated(440.0, number=2, confirm=first.confirm)).phase == "run"  # told twice, heard once
+        await stage.evaluated(490.0, number=3)
+        second = await stage.said("confirm")
+        assert second.confirm == first.confirm + 1
+        await stage.evaluated(500.0, number=4, confirm=first.confirm)  # of the earlier confirmation
+        await asyncio.sleep(2 * controllers.TICK_S)
+        assert (await stage.status())["phase"] == "confirm"
+        await stage.evaluated(475.0, number=5, confirm=second.confirm)
+        await stage.said("drain", reason="reward")
+
+
+async def test_spent_steps_are_confirmed_whatever_they_are_worth(on_stage: OnStage) -> None:
+    async with on_stage(REWARD, "stop.steps=100") as stage:
+        await stage.everybody()
+        await stage.beat("learner-0", done="steps")
+        asked = await stage.said("confirm", reason="steps")
+        await stage.evaluated(100.0, number=1, confirm=asked.confirm)
+        await stage.said("drain", reason="steps")
+
+
+async def test_the_clock_ends_a_run(on_stage: OnStage) -> None:
+    async with on_stage("stop.time=300ms") as stage:
+        await stage.everybody()
+        await stage.said("confirm", reason="time")
+
+
+async def test_without_an_evaluator_nothing_is_confirmed(on_stage: OnStage) -> None:
+    async with on_stage("stop.steps=100") as stage:
+        await stage.beat("learner-0", done="steps")
+        await stage.said("drain", reason="steps")
+
+
+async def test_an_evaluation_that_never_comes_is_not_waited_for(
+    on_stage: OnStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controllers, "CONFIRM_S", 0.2)
+    async with on_stage("stop.steps=100") as stage:
+        await stage.everybody()
+        await stage.beat("learner-0", done="steps")
+        await stage.said("confirm")
+        await stage.said("drain", reason="steps")
+
+
+async def test_a_new_life_asks_with_a_number_that_was_never_used(on_stage: OnStage) -> None:
+    async with on_stage(REWARD) as stage:
+        await stage.everybody()
+        await stage.evaluated(500.0, number=1)
+        before = await stage.said("confirm")
+        stage.controller.task.cancel()
+        await asyncio.gather(stage.controller.task, return_exceptions=True)
+        stage.controller = stage.rig.start("controller-0", life=2)
+        await stage.said("run")
+        await stage.everybody()
+        await stage.evaluated(500.0, number=2)
+        assert (await stage.said("confirm")).confirm > before.confirm
+
+
+# ── drain ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_sources_drain_before_sinks(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.everybody()
+        answer = parse(Control, await stage.asked(STOP))
+        assert (answer.phase, answer.reason) == ("drain", "stop")
+        sources = ["actor-0", "actor-1", "evaluator-0"]
+        assert answer.draining == sources
+        await stage.beat("actor-0", state="stopped")
+        await stage.beat("evaluator-0", state="failed")
+        await stage.beat("actor-1", state="draining")
+        await asyncio.sleep(2 * controllers.TICK_S)
+        assert (await stage.beat("actor-1", state="draining")).draining == sources
+        await stage.beat("actor-1", state="stopped")
+        await stage.said("drain", draining=[*sources, "learner-0"])
+        assert not stage.controller.task.done()
+        await stage.beat("learner-0", state="stopped")
+        async with asyncio.timeout(PATIENCE_S):
+            await stage.controller.task
+        assert stage.result()["reason"] == "stop"
+
+
+async def test_the_silent_are_not_waited_for(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controllers, "DEAD_S", 0.3)
+    async with on_stage() as stage:
+        await stage.everybody()
+        await stage.asked(STOP)
+        async with asyncio.timeout(PATIENCE_S):
+            await stage.controller.task
+
+
+async def test_a_late_comer_is_told_to_leave(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.beat("learner-0")
+        await stage.asked(STOP)
+        late = await stage.beat("actor-1", state="starting")
+        assert "actor-1" in late.draining
+
+
+async def test_stop_drains_too(on_stage: OnStage) -> None:
+    """A signal to the controller alone: everybody leaves before it does."""
+    async with on_stage() as stage:
+        await stage.everybody()
+        stage.controller.stop.set()
+        await stage.said("drain", reason="stop")
+        for name in NODES:
+            await stage.beat(name, state="stopped")
+        async with asyncio.timeout(PATIENCE_S):
+            await stage.controller.task
+
+
+# ── who belongs here ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_another_topology_is_refused(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        with pytest.raises(RemoteError, match=r"actor-0 runs topology 0123, this is rig .*start every host from the same"):
+            await stage.beat("actor-0", topology="0123")
+        assert (await stage.status())["nodes"]["actor-0"]["state"] == "unheard"
+
+
+async def test_an_unknown_node_is_refused(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        (address,) = stage.rig.plan.ports("actor-0")["progress"].peers.values()
+        stranger = stage.rig.bus("actor-9").client("progress", address)
+        with pytest.raises(RemoteError, match="actor-9 runs topology"):
+            await beat(stranger, progress_of(stage.rig.plan, "actor"))
+
+
+async def test_an_older_life_is_fenced(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.beat("actor-0", life=1)
+        await stage.beat("actor-0", life=2, pid=22)
+        with pytest.raises(FencedError, match="controller-0: a newer life of actor-0 is here"):
+            await stage.beat("actor-0", life=1)
+        assert (await stage.status())["nodes"]["actor-0"]["pid"] == 22
+
+
+async def test_another_version_of_the_package_is_named(on_stage: OnStage, caplog: Any) -> None:
+    async with on_stage() as stage:
+        await stage.beat("actor-0", package="9.9.9")
+    assert "actor-0 runs ddrl_bus 9.9.9" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["explode", "_probe", ""])
+async def test_an_unknown_request_is_refused(on_stage: OnStage, kind: str) -> None:
+    async with on_stage() as stage:
+        with pytest.raises(RemoteError, match="unknown request"):
+            await stage.asked(kind)
+
+
+async def test_a_report_that_is_none_is_refused(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        with pytest.raises(RemoteError, match="fields: progress"):
+            await stage.asked(Progress.KIND, node="actor-1")
+        await stage.beat("actor-0")
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_status(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.beat("actor-0", counters={"env_steps": 640}, gauges={"version": 3.0}, pid=77, host="cpu1")
+        await stage.beat("actor-1", counters={"env_steps": 320})
+        await stage.beat("learner-0", gauges={"updates": 12.0})
+        await stage.evaluated(99.5, number=1)
+        await stage.evaluated(66.0, number=2)
+        status = await stage.status()
+    assert {key: status[key] for key in ("name", "run_id", "seed", "phase", "env_steps", "updates")} == {
+        "name": "rig",
+        "run_id": stage.rig.plan.run_id,
+        "seed": 3,
+        "phase": "run",
+        "env_steps": 960,
+        "updates": 12,
+    }
+    assert (status["return"], status["best_return"]) == (66.0, 99.5)
+    assert status["nodes"].keys() == {*NODES, "controller-0"}
+    actor = status["nodes"]["actor-0"]
+    assert {key: actor[key] for key in ("role", "pid", "host", "state", "gauges", "error", "epoch")} == {
+        "role": "actor",
+        "pid": 77,
+        "host": "cpu1",
+        "state": "running",
+        "gauges": {"version": 3.0},
+        "error": None,
+        "epoch": f"{1 << 32 | 7:016x}",
+    }
+    assert status["nodes"]["controller-0"]["state"] == "running"
+
+
+async def test_steps_of_dead_lives_count(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.beat("actor-0", life=1, counters={"env_steps": 640})
+        await stage.beat("actor-0", life=2, counters={"env_steps": 100})
+        assert (await stage.status())["env_steps"] == 740
+
+
+async def test_steps_of_before_the_controller_died_count(on_stage: OnStage) -> None:
+    """Also those of nodes that are gone by then: their ledgers are in the run directory."""
+    async with on_stage() as stage:
+        Ledger(stage.rig.folder / "ledger" / "actor-0@0000000100000001.page").counter("env_steps").add(640)
+        (stage.rig.folder / "ledger" / "actor-1@0000000100000001.json").write_text('{"env_steps": 60}')
+        stage.controller.task.cancel()
+        await asyncio.gather(stage.controller.task, return_exceptions=True)
+        stage.controller = stage.rig.start("controller-0", life=2)
+        await stage.said("run")
+        await stage.beat("actor-0", life=2, counters={"env_steps": 7})
+        assert (await stage.status())["env_steps"] == 707
+
+
+async def test_a_new_life_tells_how_the_last_one_ended(on_stage: OnStage) -> None:
+    """Only of itself, and by names that are no paths."""
+    async with on_stage() as stage:
+        await stage.beat("actor-0", life=1, counters={"env_steps": 600})
+        dead = f"actor-0@{1 << 32 | 7:016x}"
+        told = {dead: {"env_steps": 640}, "actor-1@0000000000000001": {"env_steps": 1}, "actor-0@../x": {"env_steps": 1}}
+        await stage.beat("actor-0", life=2, counters={"env_steps": 60}, earlier=told)
+        assert (await stage.status())["env_steps"] == 700
+        actors = {life for life in stage.controller.node.lives if life.startswith("actor")}
+        assert actors == {dead, f"actor-0@{2 << 32 | 7:016x}"}
+
+
+async def test_a_loss_that_is_no_number_ends_nothing(on_stage: OnStage) -> None:
+    """Gauges that JSON cannot say are null, in the metrics and in the status."""
+    async with on_stage() as stage:
+        gauges = {"first_update_at": 1.0, "loss": float("nan"), "grad_norm": float("inf")}
+        await stage.everybody(gauges=gauges)
+        metrics = stage.rig.folder / "metrics.jsonl"
+        await eventually(lambda: metrics.exists() and metrics.read_text())
+        for nodes in (json.loads(metrics.read_text().splitlines()[0])["nodes"], (await stage.status())["nodes"]):
+            said = nodes["learner-0"].get("gauges", nodes["learner-0"])
+            assert said == {"first_update_at": 1.0, "loss": None, "grad_norm": None}
+        assert not stage.controller.task.done()
+
+
+async def test_the_result_and_the_books_of_every_life(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.everybody()
+        await stage.evaluated(321.0, number=1)
+        await stage.beat("actor-1", life=2, counters={"env_steps": 50, "time/env": 75, "time/pack": 25})
+        await stage.asked(STOP)
+        for name in NODES:
+            if name != "actor-1":
+                await stage.beat(name, state="stopped", counters={"env_steps": 7} if name == "actor-0" else {})
+        await stage.beat("actor-1", life=2, state="stopped", counters={"env_steps": 60, "time/env": 75, "time/pack": 25})
+        async with asyncio.timeout(PATIENCE_S):
+            await stage.controller.task
+    result = stage.result()
+    assert (result["reason"], result["return"], result["confirmed"]) == ("stop", 321.0, False)
+    assert (result["env_steps"], result["seed"]) == (67, 3)
+    assert result["overhead"]["actor-1"] == pytest.approx(0.25)
+    told = {path.stem: json.loads(path.read_text()) for path in (stage.rig.folder / "ledger").glob("*.json")}
+    assert told[f"actor-1@{2 << 32 | 7:016x}"]["env_steps"] == 60
+    assert len(told) == 5
+
+
+async def test_metrics_begin_with_the_first_update(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.everybody()
+        await asyncio.sleep(3 * controllers.TICK_S)
+        metrics = stage.rig.folder / "metrics.jsonl"
+        assert metrics.read_text() == ""
+        await stage.beat("learner-0", gauges={"first_update_at": 5.0})
+        await eventually(metrics.read_text)
+        assert np.isfinite(json.loads(metrics.read_text().splitlines()[0])["time"])

@@ -1,0 +1,347 @@
+"""A learner; a test plays actors and controller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rig import FakeController, Living, Rig, eventually, rig_of, unroll_of
+
+from ddrl_bus import checkpoint
+from ddrl_bus.algos.base import Batch
+from ddrl_bus.errors import RefusedFileError
+from ddrl_bus.messages import Weights, parse
+from ddrl_bus.transport.links import Sender, Subscriber
+from ddrl_bus.transport.wire import Arena
+
+UNROLL, BATCH = 5, 8
+ROWS = UNROLL * BATCH
+
+
+class Stage:
+    """A learner, and the ends that it talks to."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.controller: FakeController = rig.fake_controller()
+        self.weights: Subscriber = rig.subscriber("actor-1", "weights")
+        self.actors: list[Sender] = [rig.sender(f"actor-{n}") for n in range(2)]
+        self.learner: Living = rig.start("learner-0")
+
+    async def send(self, envs: int = BATCH, version: int = 0, actor: int = 0, **rows: Any) -> None:
+        async with asyncio.timeout(30):
+            await self.actors[actor].send(*unroll_of(self.rig.plan, envs, version, **rows))
+
+    async def updated(self, times: int) -> None:
+        await eventually(lambda: self.algo is not None and self.algo.updates >= times)
+
+    async def version(self, at_least: int) -> Weights:
+        """The first published weights of this many updates, or of more."""
+        async with asyncio.timeout(30):
+            while (weights := parse(Weights, await self.weights.next())).updates < at_least:
+                pass
+        return weights
+
+    @property
+    def algo(self) -> Any:
+        return getattr(self.learner.node, "algo", None)
+
+    def evicted(self, reason: str) -> int:
+        return self.learner.count(f"trajectories/evicted/{reason}")
+
+    @property
+    def saved(self) -> checkpoint.Checkpoint | None:
+        return checkpoint.newest(self.rig.folder / "checkpoints")
+
+
+OnStage = Callable[..., AbstractAsyncContextManager[Stage]]
+
+
+@pytest.fixture
+def on_stage(tmp_path: Path) -> OnStage:
+    @asynccontextmanager
+    async def made(*overrides: str) -> AsyncIterator[Stage]:
+        async with rig_of(tmp_path, *overrides) as rig:
+            yield Stage(rig)
+
+    return made
+
+
+def batches_of(stage: Stage) -> list[Batch]:
+    """Fills with the batches that are trained on from now on."""
+    seen: list[Batch] = []
+    step = stage.algo.step
+
+    def spy(batch: Batch) -> dict[str, float]:
+        seen.append(batch)
+        report: dict[str, float] = step(batch)
+        return report
+
+    stage.algo.step = spy
+    return seen
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_it_publishes_before_it_has_learnt_and_after(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        first = await stage.version(0)
+        assert (first.updates, first.env_steps, first.confirm) == (0, 0, 0)
+        await stage.send()
+        assert await stage.version(1) == Weights(env_steps=ROWS, updates=1)
+        await stage.learner.drained()
+
+
+async def test_publish_every(on_stage: OnStage) -> None:
+    async with on_stage("nodes.learner.publish_every=3") as stage:
+        assert (await stage.version(0)).updates == 0
+        for n in range(1, 7):
+            await stage.send()
+            await stage.updated(n)
+            await asyncio.sleep(0.01)
+            published = stage.weights.latest()
+            assert (published is not None) == (n % 3 == 0)
+        await stage.learner.drained()
+
+
+async def test_columns_of_several_actors_fill_a_batch(on_stage: OnStage) -> None:
+    """Behaviour versions stand at their columns; rows and final rows are where the schema says."""
+    async with on_stage() as stage:
+        await stage.version(0)
+        seen = batches_of(stage)
+        await stage.send(envs=3, version=0, reward=1.0)
+        await eventually(lambda: stage.learner.count("trajectories", "/taken") == 1)
+        await stage.send(envs=5, actor=1, reward=2.0, terminated=True)
+        await stage.updated(1)
+        await stage.learner.drained()
+    (batch,) = seen
+    assert batch.obs.shape == (UNROLL + 1, BATCH, 4)
+    assert batch.reward.tolist() == [[1.0] * 3 + [2.0] * 5] * UNROLL
+    assert batch.terminated.tolist() == [[False] * 3 + [True] * 5] * UNROLL
+    assert batch.record["logits"].shape == (UNROLL, BATCH, 2)
+    assert len(batch.final_index) == len(batch.final_obs) == 0
+
+
+async def test_truncated_rows_keep_their_final_observations(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.version(0)
+        seen = batches_of(stage)
+        await stage.send(envs=4, terminated=True)
+        truncated, fields = unroll_of(stage.rig.plan, 4)
+        truncated.arrays["truncated"][2, 1] = True
+        final = {"final_index": np.array([2 * 4 + 1]), "final_obs": np.full((1, 4), 7, np.float32)}
+        await stage.actors[0].send(truncated.extended(final), fields)
+        await stage.updated(1)
+        await stage.learner.drained()
+    (batch,) = seen
+    assert np.argwhere(batch.truncated).tolist() == [[2, 4 + 1]]
+    assert not (batch.truncated & batch.terminated).any()
+    assert batch.final_index.tolist() == [2 * BATCH + 4 + 1]
+    assert batch.final_obs.tolist() == [[7.0] * 4]
+
+
+async def test_what_does_not_fit_is_refused_and_counted(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.version(0)
+        await stage.send(reward=np.nan)
+        arena, fields = unroll_of(stage.rig.plan, 2)
+        short = {name: array[:-1] for name, array in arena.arrays.items()}
+        await stage.actors[1].send(Arena.of("trajectory", short), fields)
+        await stage.actors[1].send(arena, {"version": "new"})
+        await stage.send()
+        await stage.updated(1)
+        await stage.learner.drained()
+        reasons = {r: stage.learner.count(f"trajectories/refused/{r}") for r in ("non_finite", "schema", "fields")}
+        assert reasons == {"non_finite": 1, "schema": 1, "fields": 1}
+        assert stage.learner.count("trajectories", "/refused") == 3
+        assert stage.learner.count("trajectories/trained") == 1
+        assert all(np.isfinite(array).all() for array in stage.algo.weights().values())
+
+
+# ── staleness ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("max_lag", [1, 3])
+async def test_what_is_too_old_is_evicted(on_stage: OnStage, max_lag: int) -> None:
+    async with on_stage(f"links.trajectories.max_lag={max_lag}") as stage:
+        for n in range(5):
+            await stage.send(version=n)
+            await stage.updated(n + 1)
+        for version in (4 - max_lag, 5 - max_lag):  # the second one is just young enough
+            await stage.send(version=version)
+        await stage.updated(6)
+        assert stage.evicted("stale") == 1
+        assert stage.learner.node.gauge()["lag_max"] == max_lag
+        await stage.learner.drained()
+        assert stage.learner.count("trajectories/trained") == 6
+
+
+async def test_no_batch_is_trained_on_beyond_the_bound(on_stage: OnStage) -> None:
+    """Also not one that was young when it came and had to wait."""
+    async with on_stage("links.trajectories.max_lag=1", "links.trajectories.window=16") as stage:
+        await stage.version(0)
+        for _ in range(12):
+            await stage.send(version=0)
+        await eventually(lambda: stage.learner.count("trajectories", "/taken") == 12)
+        await eventually(lambda: stage.learner.count("trajectories/trained") + stage.evicted("stale") == 12)
+        assert stage.learner.node.gauge()["lag_max"] <= 1
+        assert 1 <= stage.algo.updates <= 2
+        await stage.learner.drained()
+
+
+async def test_without_a_bound_nothing_is_too_old(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        for n in range(5):
+            await stage.send(version=0)
+            await stage.updated(n + 1)
+        assert stage.evicted("stale") == 0
+        await stage.learner.drained()
+
+
+LOCK_STEP = ("links.trajectories.max_lag=0", "links.trajectories.window=1")
+
+
+async def test_lock_step_takes_one_of_every_actor_in_order(on_stage: OnStage) -> None:
+    async with on_stage(*LOCK_STEP) as stage:
+        await stage.version(0)
+        seen = batches_of(stage)
+        for n in range(3):
+            for actor in ((0, 1), (1, 0), (1, 0))[n]:
+                await stage.send(envs=4, version=n, actor=actor, reward=actor)
+            await stage.updated(n + 1)
+        await stage.learner.drained()
+    assert [batch.reward[0].tolist() for batch in seen] == [[0.0] * 4 + [1.0] * 4] * 3
+
+
+async def test_lock_step_goes_on_with_a_new_life(on_stage: OnStage) -> None:
+    """An actor that died after it sent, and came back: one of its two unrolls counts, and nobody waits for ever."""
+    async with on_stage(*LOCK_STEP) as stage:
+        await stage.version(0)
+        await stage.send(envs=4, actor=0)
+        await eventually(lambda: stage.learner.count("trajectories", "/taken") == 1)
+        stage.actors[0].close()
+        stage.actors[0] = stage.rig.sender("actor-0", life=2)
+        await stage.send(envs=4, actor=0)
+        await eventually(lambda: stage.learner.count("trajectories", "/taken") == 2)
+        await stage.send(envs=4, actor=1)
+        await stage.updated(1)
+        assert stage.evicted("superseded") == 1
+        await stage.send(envs=4, actor=0, version=0)  # a left-over
+        for actor in (0, 1):
+            await stage.send(envs=4, actor=actor, version=1)
+        await stage.updated(2)
+        assert stage.evicted("stale") == 1
+        await stage.learner.drained()
+
+
+# ── budget, confirmation, drain ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("steps", [3 * ROWS, 3 * ROWS - 1, 2 * ROWS + 1])
+async def test_the_budget_is_counted_in_trained_rows(on_stage: OnStage, steps: int) -> None:
+    async with on_stage(f"stop.steps={steps}", "links.trajectories.window=16") as stage:
+        for _ in range(6):
+            await stage.send()
+        await eventually(lambda: (said := stage.controller.last("learner-0")) and said.done == "steps")
+        assert (stage.algo.updates, stage.algo.env_steps) == (3, 3 * ROWS)
+        await asyncio.sleep(0.05)
+        assert stage.algo.updates == 3
+        await stage.learner.drained()
+        assert stage.saved is not None
+        assert stage.saved.step == 3 * ROWS
+        assert stage.learner.count("trajectories/trained") == 3
+        assert stage.evicted("drained") == stage.learner.count("trajectories", "/taken") - 3
+
+
+async def test_a_confirmation_holds_training_still(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.send()
+        await stage.version(1)
+        stage.controller.say(phase="confirm", confirm=3)
+        assert await stage.version(1) == Weights(env_steps=ROWS, updates=1, confirm=3)
+        await stage.send()
+        await asyncio.sleep(0.1)
+        assert stage.algo.updates == 1
+        assert stage.weights.latest() is None  # each number is answered once
+        stage.controller.say(phase="run")
+        assert (await stage.version(2)).confirm == 0
+        stage.controller.say(phase="confirm", confirm=4)
+        async with asyncio.timeout(30):
+            while parse(Weights, await stage.weights.next()).confirm != 4:
+                pass
+        await stage.learner.drained()
+
+
+async def test_draining_settles_and_saves(on_stage: OnStage) -> None:
+    """Every unroll that was taken is trained on or evicted, and the weights that were left are on disk."""
+    async with on_stage() as stage:
+        await stage.send()
+        await stage.updated(1)
+        await stage.send(envs=3)  # fills no batch
+        await stage.actors[0].flush(10)
+        await stage.learner.drained()
+        assert stage.learner.count("trajectories", "/taken") == 2
+        assert (stage.learner.count("trajectories/trained"), stage.evicted("drained")) == (1, 1)
+        assert stage.saved is not None
+        for name, array in stage.algo.weights().items():
+            np.testing.assert_array_equal(stage.saved.arrays[f"net.{name}"], array)
+
+
+# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_checkpoints_while_it_trains(on_stage: OnStage) -> None:
+    async with on_stage("checkpoint.every=0s", "checkpoint.keep=2") as stage:
+        for n in range(4):
+            await stage.send()
+            await stage.updated(n + 1)
+        await eventually(lambda: stage.saved is not None and stage.saved.step == 4 * ROWS)
+        folders = sorted(path.name for path in (stage.rig.folder / "checkpoints").iterdir())
+        assert folders == [f"{3 * ROWS:012d}", f"{4 * ROWS:012d}"]
+        await stage.learner.drained()
+
+
+async def test_it_resumes_where_it_left(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        for n in range(2):
+            await stage.send(reward=n)
+            await stage.updated(n + 1)
+        await stage.learner.drained()
+        before = stage.algo.state()
+        stage.weights.latest()
+        stage.learner = stage.rig.start("learner-0", life=2)
+        first = await stage.version(0)
+        assert (first.updates, first.env_steps) == (2, 2 * ROWS)
+        for name, array in stage.algo.state().items():
+            np.testing.assert_array_equal(array, before[name], name)
+        await stage.send()
+        assert await stage.version(3) == Weights(env_steps=3 * ROWS, updates=3)
+        await stage.learner.drained()
+
+
+async def test_it_does_not_start_over_a_damaged_checkpoint(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.version(0)
+        await stage.learner.drained()
+        (saved,) = (stage.rig.folder / "checkpoints").iterdir()
+        (saved / "arrays.safetensors").write_bytes(b"")
+        stage.learner = stage.rig.start("learner-0", life=2)
+        with pytest.raises(RefusedFileError, match="no checkpoint is whole"):
+            await stage.learner.task
+
+
+async def test_a_disk_that_takes_nothing_does_not_end_training(on_stage: OnStage, caplog: Any) -> None:
+    async with on_stage("checkpoint.every=0s") as stage:
+        (stage.rig.folder / "checkpoints").touch()  # no folder can be made here
+        for n in range(2):
+            await stage.send()
+            await stage.updated(n + 1)
+        await stage.learner.drained()
+        assert stage.learner.node.state == "stopped"
+    assert "checkpoint not written" in caplog.text

@@ -1,0 +1,352 @@
+"""The commands, as a user gives them: real processes, in an empty folder."""
+
+import asyncio
+import json
+import os
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ddrl_bus
+from ddrl_bus.errors import DdrlError
+from ddrl_bus.launch import remote
+
+FOREVER = ["stop.reward=null", "stop.steps=null"]
+SMALL = ["nodes.actor.envs=8", "algo.batch=16", "nodes.evaluator.episodes=2", "nodes.evaluator.every=100ms"]
+ENVIRON = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(Path(ddrl_bus.__file__).parents[1]), str(Path(__file__).parent / "launch")]),
+    "COLUMNS": "200",
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def command(*arguments: str, name: str = "ddrl") -> list[str]:
+    return [sys.executable, "-c", f"from ddrl_bus.cli import {name}; {name}(prog_name={name!r})", *arguments]
+
+
+def ddrl(*arguments: str, name: str = "ddrl") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, name=name), capture_output=True, text=True, timeout=150, env=ENVIRON, check=False
+    )
+
+
+# ── without a run ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_is_quick() -> None:
+    """Processor time of the best of five: a busy machine slows the others down."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert ddrl("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(5)) < 0.15
+
+
+@pytest.mark.parametrize("name", ["run", "check", "show", "schema", "status", "stop", "logs", "eval", "bench"])
+def test_every_command_has_help(name: str) -> None:
+    result = ddrl(name, "--help")
+
+    assert result.returncode == 0
+    assert name in ddrl("--help").stdout
+    assert result.stdout.startswith(f"Usage: ddrl {name}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["frobnicate"], 64, "No such command 'frobnicate'"),
+        (["run", "--frobnicate"], 64, "No such option"),
+        (["run", "quickstat"], 64, "did you mean 'quickstart'?"),
+        (["run", "a.yaml", "b.yaml"], 64, "one topology at a time"),
+        (["run", "no-such.yaml"], 64, "no-such.yaml: cannot read 'no-such.yaml'"),
+        (["run", "quickstart", "algo.lrr=1"], 64, "override 'algo.lrr=1': algo.lrr: unknown key"),
+        (["run", "quickstart", "env.id=CartPoel-v1"], 65, "did you mean 'CartPole-v1'?"),
+        (["run", "two-hosts"], 64, "topologies/two-hosts.yaml:6:9: hosts.gpu0: ${GPU0} is not set"),
+        (["run", "--resume", "x", "--seed", "1"], 64, "--resume goes on with a run as it is"),
+        (["run", "--resume", "x"], 64, "no run 'x'"),
+        (["check"], 64, "which topology?"),
+        (["status"], 64, "no run under"),
+        (["eval", "x"], 64, "no run 'x'"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_words(arguments: list[str], code: int, words: str) -> None:
+    result = ddrl(*arguments)
+
+    assert result.returncode == code
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not Path("runs").exists()
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    result = ddrl("run", "quickstat", "--debug")
+
+    assert result.returncode == 64
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "'-t' / '--topology'"),
+        (["-t", "quickstart"], "either --name NODE or --host HOST"),
+        (["-t", "quickstart", "--name", "actor-9"], "no node 'actor-9'; have actor-0, actor-1"),
+        (["-t", "quickstart", "--host", "gpu7"], "no node on host 'gpu7'; hosts: local"),
+    ],
+)
+def test_ddrl_node_refuses_in_words(arguments: list[str], words: str) -> None:
+    result = ddrl(*arguments, name="ddrl_node")
+
+    assert result.returncode == 64
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_over_several_hosts_says_what_to_do() -> None:
+    hosts = ["hosts={a: 127.0.0.1, b: 127.0.0.2}", "nodes.actor.host=b"]
+    result = ddrl("run", "quickstart", *hosts)
+
+    assert result.returncode == 64
+    words = "'hosts={a: 127.0.0.1, b: 127.0.0.2}' nodes.actor.host=b"
+    assert f"ddrl-node -t quickstart {words} --host a\n" in result.stderr
+    assert f"ddrl-node -t quickstart {words} --host b\n" in result.stderr
+
+
+def test_check_show_schema_and_dry_run() -> None:
+    assert ddrl("check", "quickstart").stderr == "quickstart: 5 nodes, 4 links: nothing wrong\n"
+    shown = ddrl("show", "quickstart", "nodes.actor.count=3").stdout
+    assert "actor-2" in shown
+    assert ddrl("show", "quickstart", "--mermaid").stdout.startswith("flowchart LR")
+    assert json.loads(ddrl("schema").stdout)["title"] == "ddrl_bus topology"
+    dry = ddrl("run", "quickstart", "--dry-run", "--seed", "5")
+    assert dry.returncode == 0
+    assert "seed 5" in dry.stdout
+    assert not Path("runs").exists()
+
+
+# ── with a run ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Run:
+    """A run under way, started by `process`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.folder = Path("runs/quickstart/latest")
+
+    def lives(self) -> list[tuple[str, int, int]]:
+        """(node, epoch, pid) of every start so far."""
+        try:
+            lines = (self.folder / "lives").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [(name, int(epoch, 16), int(pid)) for name, epoch, pid, _ in map(str.split, lines)]
+
+    def pid(self, node: str) -> int:
+        return [pid for name, _, pid in self.lives() if name == node][-1]
+
+    def status(self) -> dict[str, Any]:
+        try:
+            return asyncio.run(remote.status_of(self.folder))
+        except DdrlError:
+            return {"updates": -1, "nodes": {}}
+
+    def until(self, holds: Callable[[], bool], seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, (self.status(), ddrl("logs").stdout)
+            time.sleep(0.1)
+
+    def trains(self, updates: int = 5) -> None:
+        """Wait until the learner made so many updates more."""
+        before = max(0, self.status()["updates"])
+        self.until(lambda: bool(self.status()["updates"] >= before + updates))
+
+    def ended(self, code: int = 0) -> dict[str, Any]:
+        """The closing object; nobody is left."""
+        out, err = self.process.communicate(timeout=60)
+        assert self.process.returncode == code, err
+        self.nobody_is_left()
+        closing: dict[str, Any] = json.loads(out)
+        return closing
+
+    def nobody_is_left(self, seconds: float = 0) -> None:
+        deadline = time.monotonic() + seconds
+        pids = {pid for _, _, pid in self.lives()}
+        while left := [pid for pid in pids if _works(pid)]:
+            assert time.monotonic() < deadline, f"still there: {left}"
+            time.sleep(0.1)
+
+
+def _works(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def running(*arguments: str, name: str = "ddrl") -> Iterator[Run]:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command(*arguments, name=name), stdout=pipe, stderr=pipe, text=True, env=ENVIRON)
+    run = Run(process)
+    try:
+        yield run
+    finally:
+        for pid in [process.pid, *(pid for _, _, pid in run.lives())]:
+            if _works(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=10)
+
+
+def test_a_run_from_start_to_stop_and_on() -> None:
+    """Train, lose an actor, look, stop, look again, go on, evaluate."""
+    with running("run", "--json", *SMALL, *FOREVER) as run:
+        run.until(lambda: len(run.lives()) == 5)
+        run.trains()
+        os.kill(run.pid("actor-0"), signal.SIGKILL)
+        run.until(lambda: len(run.lives()) == 6)
+        run.trains()
+        status = json.loads(ddrl("status", "--json").stdout)
+        assert {node["state"] for node in status["nodes"].values()} == {"running"}
+        assert status["nodes"]["actor-0"]["pid"] == run.pid("actor-0")
+        assert "learner-0" in ddrl("status", "quickstart").stdout
+        second = ddrl("run", "--resume", "quickstart")
+        assert (second.returncode, "is being run already" in second.stderr) == (64, True)
+        assert ddrl("stop").returncode == 0
+        closing = run.ended()
+
+    assert closing["reason"] == "stop"
+    assert closing["restarts"] == 1
+    assert closing["ledger"]["closed"] is True
+    link = closing["ledger"]["links"]["trajectories"]
+    assert link["produced"] == link["accepted"] + link["refused"] + link["lost"]
+    assert link["taken"] > 0
+    assert closing["env_steps"] > 0
+    assert closing["updates"] >= 10
+    assert closing["first_update_s"] < closing["wall_s"]
+    assert closing["overhead"].keys() >= {"actor-0", "actor-1", "learner-0"}
+    assert closing == json.loads(Path("runs/quickstart/latest/closing.json").read_text())
+    assert ddrl("status").returncode == 69
+    assert "state=stopped" in ddrl("logs").stdout
+
+    with running("run", "--json", "--resume", "quickstart") as run:
+        run.until(lambda: len(run.lives()) == 11)
+        run.until(lambda: bool(run.status()["updates"] > closing["updates"]))
+        assert ddrl("stop").returncode == 0
+        on = run.ended()
+    assert on["run_dir"] == closing["run_dir"]
+    assert on["env_steps"] > closing["env_steps"]
+    assert on["ledger"]["closed"] is True
+    assert on["ledger"]["links"]["trajectories"]["produced"] >= link["produced"]
+    assert len(json.loads(Path("runs/quickstart/latest/meta.json").read_text())["before"]) == 1
+
+    played = json.loads(ddrl("eval", "--episodes", "3").stdout)
+    assert played["episodes"] == 3
+    assert played["return"] >= 1
+
+
+def test_ctrl_c_drains_the_run() -> None:
+    with running("run", "--json", *SMALL, *FOREVER) as run:
+        run.until(lambda: len(run.lives()) == 5)
+        run.trains(1)
+        run.process.send_signal(signal.SIGINT)
+        closing = run.ended()
+
+    assert closing["reason"] == "stop"
+    assert closing["ledger"]["closed"] is True
+    assert closing["ledger"]["lost"] == 0
+
+
+def test_a_killed_supervisor_leaves_nobody_behind() -> None:
+    with running("run", "--json", "grace=5s", *SMALL, *FOREVER) as run:
+        run.until(lambda: len(run.lives()) == 5)
+        run.trains(1)
+        run.process.kill()
+        run.nobody_is_left(seconds=10)
+
+
+def test_training_survives_the_controller() -> None:
+    with running("run", "--json", *SMALL, *FOREVER) as run:
+        run.until(lambda: len(run.lives()) == 5)
+        run.trains(1)
+        os.kill(run.pid("controller-0"), signal.SIGKILL)
+        run.until(lambda: len(run.lives()) == 6)
+        run.trains(5)
+        assert ddrl("stop").returncode == 0
+        closing = run.ended()
+
+    assert closing["reason"] == "stop"
+    assert closing["restarts"] == 1
+    assert closing["ledger"]["closed"] is True
+
+
+def test_an_environment_that_raises_ends_the_run_with_its_exception() -> None:
+    with running("run", "--json", "env.id=faulty_envs:Raises-v0", *SMALL, *FOREVER) as run:
+        out, err = run.process.communicate(timeout=120)
+        run.nobody_is_left()
+
+    assert run.process.returncode == 65
+    assert json.loads(out)["reason"] == "failed"
+    assert "the simulator lost its licence" in err
+    assert "Traceback" in err
+    assert re.search(r"(actor-[01]|evaluator-0) on \S+ failed with exit code 65; its log is \S+/logs/\1.log\n", err)
+
+
+def test_in_process() -> None:
+    result = ddrl("run", "--json", "--in-process", *SMALL, "stop.steps=10_000", "stop.reward=null")
+
+    assert result.returncode == 0, result.stderr
+    closing = json.loads(result.stdout)
+    assert closing["reason"] == "steps"
+    assert closing["env_steps"] >= 10_000
+    assert closing["ledger"]["closed"] is True
+    assert closing["ledger"]["lost"] == 0
+
+
+def test_in_process_failure() -> None:
+    result = ddrl("run", "--json", "--in-process", "env.id=faulty_envs:Raises-v0", *SMALL, *FOREVER)
+
+    assert result.returncode == 65
+    assert json.loads(result.stdout)["reason"] == "failed"
+    assert "Traceback" in result.stderr
+    assert "the simulator lost its licence" in result.stderr
+
+
+def test_two_hosts_on_one_machine() -> None:
+    """The actors' host first, then the learner's, which has the controller and says how it ended."""
+    hosts = ["hosts={gpu0: 127.0.0.1:17077, cpu1: 127.0.0.1:17177}", "nodes.actor.host=cpu1", "nodes.learner.host=gpu0"]
+    share = ["-t", "quickstart", *SMALL, *hosts, "stop.steps=20_000", "stop.reward=null", "--json"]
+    with (
+        running(*share, "--host", "cpu1", "--run-dir", "cpu1", name="ddrl_node") as actors,
+        running(*share, "--host", "gpu0", "--run-dir", "gpu0", name="ddrl_node") as learner,
+    ):
+        actors.folder, learner.folder = Path("cpu1"), Path("gpu0")
+        closing = learner.ended()
+        out, err = actors.process.communicate(timeout=60)
+
+    assert (actors.process.returncode, out) == (0, ""), err
+    assert f"on gpu0:  ddrl-node -t {shlex.join(share[1:-1])} --host gpu0\n" in err
+    assert closing["reason"] == "steps"
+    assert closing["ledger"]["closed"] is True
+    assert closing["ledger"]["lost"] == 0
+    assert {name for name, _, _ in actors.lives()} == {"actor-0", "actor-1"}

@@ -1,0 +1,255 @@
+"""Unrolls as actors write them, and batches as learners fill them, against a twin that copies element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddrl_bus.experience import BatchSlots, Slot, Unroll, UnrollSchema, record_of
+from ddrl_bus.transport import wire
+from ddrl_bus.transport.wire import Array, Message
+
+T = 3
+SCHEMA = UnrollSchema(("float32", (2,)), ("int64", ()), {"logits": ("float32", (4,))}, T)
+
+
+@dataclass(frozen=True)
+class Played:
+    """An unroll as a list of what happened: the twin's view of it."""
+
+    message: Message
+    version: int
+
+    @property
+    def envs(self) -> int:
+        return int(self.message.arrays["reward"].shape[1])
+
+
+def played(envs: int, seed: int = 0, truncated: Sequence[tuple[int, int]] = (), version: int = 0) -> Played:
+    """An unroll of random rows that went over the wire; `truncated` lists (t, env)."""
+    rng = np.random.default_rng(seed)
+    unroll = Unroll(SCHEMA.layout(envs))
+    rows = unroll.rows
+    rows["obs"][...] = rng.normal(size=rows["obs"].shape)
+    rows["action"][...] = rng.integers(0, 4, rows["action"].shape)
+    rows["reward"][...] = rng.normal(size=rows["reward"].shape)
+    rows["record.logits"][...] = rng.normal(size=rows["record.logits"].shape)
+    rows["terminated"][...] = False
+    rows["truncated"][...] = False
+    for t in range(T):
+        here = np.array(sorted(env for row, env in truncated if row == t), np.int64)
+        rows["truncated"][t, here] = True
+        if len(here):
+            unroll.truncated(t, here, final(seed, t, here))
+    rows["terminated"][...] = (rng.random(rows["terminated"].shape) < 0.2) & ~rows["truncated"]
+    return Played(wire.decode(unroll.finish().encode("actor-0", 1, seed + 1, {})), version)
+
+
+def final(seed: int, t: int, envs: Array) -> Array:
+    """A final observation that tells where it is from."""
+    return np.stack([np.full(len(envs), seed * 100.0 + t), envs * 1.0], axis=1).astype(np.float32)
+
+
+def changed(message: Message, **arrays: Array | None) -> Message:
+    new = {**message.arrays, **arrays}
+    return replace(message, arrays={name: array for name, array in new.items() if array is not None})
+
+
+# ── the actor's side ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_unroll_without_truncation_has_no_final_rows() -> None:
+    message = played(envs=2).message
+    assert list(message.arrays) == ["obs", "action", "reward", "terminated", "truncated", "record.logits"]
+    assert message.arrays["obs"].shape == (T + 1, 2, 2)
+    assert SCHEMA.check(message) is None
+
+
+def test_final_rows_stand_at_their_truncated_rows() -> None:
+    message = played(envs=4, seed=5, truncated=[(0, 3), (2, 0), (2, 1)]).message
+    assert message.arrays["final_index"].tolist() == [0 * 4 + 3, 2 * 4 + 0, 2 * 4 + 1]
+    assert message.arrays["final_obs"].tolist() == [[500, 3], [502, 0], [502, 1]]
+    assert SCHEMA.check(message) is None
+
+
+def test_rows_are_written_where_they_travel() -> None:
+    unroll = Unroll(SCHEMA.layout(2))
+    assert unroll.finish() is unroll.arena
+    assert unroll.rows["obs"] is unroll.arena.arrays["obs"]
+
+
+def test_recorded_arrays_by_the_algorithms_names() -> None:
+    arrays = played(envs=1).message.arrays
+    assert list(record_of(arrays)) == ["logits"]
+    assert record_of(arrays)["logits"] is arrays["record.logits"]
+
+
+# ── what a learner refuses ───────────────────────────────────────────────────────────────────────────────────────
+
+WHOLE = played(envs=3, truncated=[(1, 0), (1, 2)]).message
+ROWS = {name: array for name, array in WHOLE.arrays.items() if not name.startswith("final")}
+INDEX, OBS = WHOLE.arrays["final_index"], WHOLE.arrays["final_obs"]
+
+
+@pytest.mark.parametrize("envs", [1, 2, 7, 64])
+def test_any_number_of_environments_will_do(envs: int) -> None:
+    assert SCHEMA.check(played(envs).message) is None
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_a_missing_array_is_refused(name: str) -> None:
+    assert SCHEMA.check(changed(WHOLE, **{name: None})) == "schema"
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_another_dtype_is_refused(name: str) -> None:
+    assert SCHEMA.check(changed(WHOLE, **{name: ROWS[name].astype(np.float64)})) == "schema"
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize("cut", [np.s_[:-1], np.s_[:, :-1], np.s_[:, :, None]], ids=["rows", "envs", "rank"])
+def test_another_shape_is_refused(name: str, cut: Any) -> None:
+    assert SCHEMA.check(changed(WHOLE, **{name: ROWS[name][cut]})) == "schema"
+
+
+@pytest.mark.parametrize("obs", [np.zeros(()), np.zeros(T + 1, np.float32)], ids=["scalar", "vector"])
+def test_observations_without_environments_are_refused(obs: Array) -> None:
+    assert SCHEMA.check(changed(WHOLE, obs=obs)) == "schema"
+
+
+FINALS: dict[str, dict[str, Array | None]] = {
+    "none for truncated rows": {"final_index": None, "final_obs": None},
+    "no index": {"final_index": None},
+    "no observations": {"final_obs": None},
+    "one too few": {"final_index": INDEX[:1], "final_obs": OBS[:1]},
+    "another row": {"final_index": INDEX + 1},
+    "out of order": {"final_index": INDEX[::-1], "final_obs": OBS[::-1]},
+    "twice the same": {"final_index": INDEX[[0, 0]]},
+    "beyond the unroll": {"final_index": INDEX + 1000},
+    "negative": {"final_index": -INDEX},
+    "more observations than rows": {"final_obs": OBS[[0, 1, 1]]},
+    "index of another dtype": {"final_index": INDEX.astype(np.int32)},
+    "index of another rank": {"final_index": INDEX[:, None]},
+    "observations of another dtype": {"final_obs": OBS.astype(np.float64)},
+    "observations of another shape": {"final_obs": OBS[:, :1]},
+    "for rows that go on": {"truncated": np.zeros((T, 3), np.bool_)},
+}
+
+
+@pytest.mark.parametrize("change", FINALS.values(), ids=FINALS.keys())
+def test_final_rows_that_do_not_fit_are_refused(change: dict[str, Array | None]) -> None:
+    assert SCHEMA.check(changed(WHOLE, **change)) == "schema"
+
+
+@pytest.mark.parametrize("name", ["obs", "reward", "record.logits", "final_obs"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused(name: str, value: float) -> None:
+    poisoned = WHOLE.arrays[name].copy()
+    poisoned.flat[-1] = value
+    assert SCHEMA.check(changed(WHOLE, **{name: poisoned})) == "non_finite"
+
+
+# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fill(messages: Sequence[Played], batch: int) -> list[Slot]:
+    """As the learner does: every column of every message, over as many slots as it takes."""
+    slots = BatchSlots(SCHEMA, batch, slots=len(messages) * 8 // batch + 2)
+    slot = slots.free.pop()
+    filled = [slot]
+    for m in messages:
+        start = 0
+        while start < m.envs:
+            start = slots.copy(slot, m.message, m.version, start)
+            if slot.full:
+                slot = slots.free.pop()
+                filled.append(slot)
+    return filled
+
+
+def twin(messages: Sequence[Played], batch: int) -> list[dict[str, Any]]:
+    """The same columns one after the other, dealt out `batch` at a time, with final observations looked up by row."""
+    columns = [(m, env) for m in messages for env in range(m.envs)]
+    batches = []
+    for begin in range(0, len(columns), batch):
+        found: dict[str, Any] = {"finals": {}, "messages": 0}
+        for b, (m, env) in enumerate(columns[begin : begin + batch]):
+            arrays = m.message.arrays
+            for name in (*SCHEMA.rows, "obs"):
+                found.setdefault(name, []).append(arrays[name][:, env])
+            found.setdefault("version", []).append([m.version] * T)
+            found["messages"] += env == m.envs - 1
+            for k, index in enumerate(arrays.get("final_index", [])):
+                if index % m.envs == env:
+                    found["finals"][index // m.envs * batch + b] = arrays["final_obs"][k].tolist()
+        batches.append(found)
+    return batches
+
+
+def assert_same(slot: Slot, expected: dict[str, Any]) -> None:
+    for name in (*SCHEMA.rows, "obs"):
+        np.testing.assert_array_equal(slot.rows[name][:, : slot.columns], np.stack(expected[name], axis=1), name)
+    np.testing.assert_array_equal(slot.version[:, : slot.columns], np.transpose(expected["version"]))
+    index, obs = slot.final_rows(SCHEMA.obs)
+    assert dict(zip(index.tolist(), obs.tolist(), strict=True)) == expected["finals"]
+    assert slot.messages == expected["messages"]
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[Played]:
+    messages = []
+    for seed in range(draw(st.integers(1, 5))):
+        envs = draw(st.integers(1, 8))
+        ends = draw(st.sets(st.tuples(st.integers(0, T - 1), st.integers(0, envs - 1)), max_size=6))
+        messages.append(played(envs, seed, sorted(ends), version=draw(st.integers(0, 9))))
+    return messages
+
+
+@settings(deadline=None, max_examples=60)
+@given(messages=arrivals(), batch=st.integers(1, 9))
+def test_batches_are_the_columns_in_order(messages: list[Played], batch: int) -> None:
+    filled = [slot for slot in fill(messages, batch) if slot.columns]
+    expected = twin(messages, batch)
+    assert [slot.columns for slot in filled] == [len(e["version"]) for e in expected]
+    for slot, columns in zip(filled, expected, strict=True):
+        assert_same(slot, columns)
+
+
+def test_a_message_over_three_slots_counts_once_where_it_ends() -> None:
+    filled = fill([played(envs=7, truncated=[(0, 0), (1, 3), (2, 6)])], batch=3)
+    assert [slot.messages for slot in filled] == [0, 0, 1]
+    assert [slot.final_rows(SCHEMA.obs)[0].tolist() for slot in filled] == [[0], [1 * 3 + 0], [2 * 3 + 0]]
+
+
+def test_final_index_names_truncated_rows_of_the_batch() -> None:
+    (slot, _) = fill([played(3, seed, [(0, seed), (2, 1)]) for seed in range(2)], batch=6)
+    index, obs = slot.final_rows(SCHEMA.obs)
+    assert sorted(index) == np.flatnonzero(slot.rows["truncated"]).tolist()
+    assert len(index) == len(obs) == 4
+
+
+def test_a_cleared_slot_starts_over() -> None:
+    (slot, _) = fill([played(2, truncated=[(0, 0)])], batch=2)
+    assert slot.full
+    slot.clear()
+    index, obs = slot.final_rows(SCHEMA.obs)
+    assert (slot.columns, slot.messages, slot.full) == (0, 0, False)
+    assert (index.shape, index.dtype, obs.shape, obs.dtype) == ((0,), np.int64, (0, 2), np.float32)
+
+
+def test_slots_lie_where_the_learner_wants_them() -> None:
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def allocate(dtype: str, shape: tuple[int, ...]) -> Array:
+        asked.append((dtype, shape))
+        return np.zeros(shape, dtype)
+
+    slots = BatchSlots(SCHEMA, batch=5, slots=1, allocate=allocate)
+    assert asked == [*SCHEMA.specs(5).values(), ("int64", (T, 5))]
+    assert slots.free[0].width == 5

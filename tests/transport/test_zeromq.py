@@ -1,0 +1,393 @@
+"""What only real sockets can show: their options, copies, the pump, addresses held by other processes, leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+from harness import SMALL, WAIT_S, Net, free_ports, numbered, send, take, turns, until
+
+from ddrl_bus.errors import AddressInUseError, UsageError
+from ddrl_bus.transport import wire, zeromq
+from ddrl_bus.transport.base import SocketKind
+from ddrl_bus.transport.wire import SMALL_FRAME, Buffer, Layout
+from ddrl_bus.transport.zeromq import (
+    COPY_BELOW,
+    DRAIN_BYTES,
+    DRAIN_MESSAGES,
+    KIND_OPTIONS,
+    OPTIONS,
+    ZmqBackend,
+    ZmqSocket,
+)
+
+WRITE_ONLY = {zmq.XPUB_VERBOSE, zmq.ROUTER_MANDATORY}
+"""libzmq does not tell them; the two tests after this table show what they do."""
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+async def backend() -> AsyncIterator[ZmqBackend]:
+    unhandled: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+    backend = ZmqBackend()
+    yield backend
+    backend.close()
+    await turns(3)
+    assert unhandled == []
+
+
+class Pair:
+    """One socket bound at an ipc address, one connected to it, and what each received."""
+
+    def __init__(self, backend: ZmqBackend, folder: Path, bound: SocketKind, connected: SocketKind) -> None:
+        address = f"ipc://{folder}/x"
+        self.at_bound: list[list[Buffer]] = []
+        self.at_connected: list[list[Buffer]] = []
+        self.bound = backend.socket(bound, self.at_bound.append, bind=[address])
+        on_message = None if connected is SocketKind.PUSH else self.at_connected.append
+        self.connected = backend.socket(connected, on_message, connect=[address])
+
+
+# ── options ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", SocketKind)
+async def test_every_option_is_set_on_every_kind(backend: ZmqBackend, kind: SocketKind) -> None:
+    socket = backend.socket(kind, None)
+    table = OPTIONS | KIND_OPTIONS.get(kind, {})
+    wanted = {option: value for option, value in table.items() if option not in WRITE_ONLY}
+    assert {option: socket.raw.getsockopt(option) for option in wanted} == wanted
+
+
+def test_the_options_that_keep_a_link_bounded_are_in_the_table() -> None:
+    assert {
+        *(zmq.LINGER, zmq.SNDHWM, zmq.RCVHWM, zmq.MAXMSGSIZE, zmq.HANDSHAKE_IVL, zmq.HEARTBEAT_IVL),
+        *(zmq.HEARTBEAT_TIMEOUT, zmq.HEARTBEAT_TTL, zmq.RECONNECT_IVL, zmq.RECONNECT_IVL_MAX, zmq.TCP_KEEPALIVE),
+    } <= OPTIONS.keys()
+    assert zmq.CONFLATE not in OPTIONS  # it keeps the last frame, not the last message
+    assert all(0 <= table.get(zmq.LINGER, 0) <= 2_000 for table in (OPTIONS, *KIND_OPTIONS.values()))
+
+
+async def test_xpub_sees_a_known_topic_again(backend: ZmqBackend, tmp_path: Path) -> None:
+    pair = Pair(backend, tmp_path, SocketKind.XPUB, SocketKind.SUB)
+    pair.connected.subscribe(b"t")
+    await until(lambda: len(pair.at_bound) == 1)
+    other = backend.socket(SocketKind.SUB, print, connect=[f"ipc://{tmp_path}/x"])
+    other.subscribe(b"t")
+    await until(lambda: pair.at_bound == [[b"\x01t"], [b"\x01t"]])
+
+
+async def test_router_says_that_a_peer_is_unknown(backend: ZmqBackend) -> None:
+    router = backend.socket(SocketKind.ROUTER, None, bind=[f"tcp://127.0.0.1:{free_ports()}"])
+    assert not router.send(b"\x00nobody", b"hello")
+
+
+# ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [0, 1, 33, SMALL_FRAME, SMALL_FRAME + 1, COPY_BELOW, 1 << 20])
+async def test_small_frames_come_as_bytes_and_large_ones_as_views(
+    backend: ZmqBackend, tmp_path: Path, size: int
+) -> None:
+    pair = Pair(backend, tmp_path, SocketKind.PULL, SocketKind.PUSH)
+    body = np.random.default_rng(size).bytes(size)
+    assert pair.connected.send(body)
+    await until(lambda: pair.at_bound)
+    [[frame]] = pair.at_bound
+    assert type(frame) is (bytes if size <= SMALL_FRAME else memoryview)
+    assert bytes(frame) == body
+
+
+@pytest.mark.parametrize("items", [16, 100_000], ids=["small", "large"])
+async def test_arrays_are_read_only_views_of_the_frame(backend: ZmqBackend, tmp_path: Path, items: int) -> None:
+    pair = Pair(backend, tmp_path, SocketKind.PULL, SocketKind.PUSH)
+    rows = np.arange(items, dtype=np.float32)
+    pair.connected.send(wire.encode("x", "n", 1, 1, {}, {"rows": rows}))
+    await until(lambda: pair.at_bound)
+    frame = pair.at_bound[0][0]
+    received = wire.decode(frame).arrays["rows"]
+    assert np.array_equal(received, rows)
+    assert np.shares_memory(received, np.frombuffer(frame, np.uint8))
+    with pytest.raises(ValueError, match="read-only"):
+        received[0] = 1
+
+
+@pytest.mark.parametrize(("items", "copied"), [(COPY_BELOW // 2, True), (COPY_BELOW * 2, False)])
+async def test_large_sends_leave_from_the_arena_without_a_copy(
+    backend: ZmqBackend, tmp_path: Path, items: int, copied: bool
+) -> None:
+    push = backend.socket(SocketKind.PUSH, None, connect=[f"ipc://{tmp_path}/x"])  # nobody there: it stays queued
+    arena = Layout("x", {"rows": ("uint8", (items,))}).arena()
+    arena.arrays["rows"][:] = 7
+    buffer = weakref.ref(arena._buffer)
+    assert push.send(arena.encode("n", 1, 1, {}))
+    del arena
+    gc.collect()
+    assert (buffer() is None) == copied
+    got: list[list[Buffer]] = []
+    backend.socket(SocketKind.PULL, got.append, bind=[f"ipc://{tmp_path}/x"])
+    await until(lambda: got)
+    assert np.all(wire.decode(got[0][0]).arrays["rows"] == 7)
+    got.clear()
+    await until(lambda: buffer() is None)  # given back once it is out
+
+
+# ── the pump ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("n", "size"), [(4 * DRAIN_MESSAGES, 10), (60, 200_000)])
+async def test_one_turn_of_the_pump_is_bounded(
+    backend: ZmqBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, size: int
+) -> None:
+    pair = Pair(backend, tmp_path, SocketKind.PULL, SocketKind.PUSH)
+    drains: list[int] = []
+    drain = ZmqSocket._drain
+
+    def counted(socket: ZmqSocket, on_message: object) -> None:
+        before = len(pair.at_bound)
+        drain(socket, on_message)  # type: ignore[arg-type]
+        if socket is pair.bound:
+            drains.append(len(pair.at_bound) - before)
+
+    monkeypatch.setattr(ZmqSocket, "_drain", counted)
+    for _ in range(n):
+        assert pair.connected.send(bytes(size))
+    time.sleep(0.05)  # noqa: ASYNC251  - the loop must not run while they pile up
+    await until(lambda: len(pair.at_bound) == n)
+    assert max(drains) <= min(DRAIN_MESSAGES, DRAIN_BYTES // size + 1)
+    assert max(drains) > 1
+
+
+async def test_sends_do_not_swallow_what_wakes_the_pump(backend: ZmqBackend, tmp_path: Path) -> None:
+    """Any send may take the edge that was to wake the pump, and leave the socket readable and its descriptor silent."""
+    pair = Pair(backend, tmp_path, SocketKind.ROUTER, SocketKind.DEALER)
+    pair.connected.send(b"hello")
+    await until(lambda: pair.at_bound)
+    peer, balls, swallowed = pair.at_bound[0][0], 2_000, 0
+    for i in range(balls):
+        pair.bound.send(peer, b"ball")
+        time.sleep(0.00005)  # noqa: ASYNC251  - it arrives while the loop is busy with something else
+        pair.connected.send(b"ball")
+        swallowed += not select.select([pair.connected._fd], [], [], 0)[0]
+        if i % 5 == 0:
+            await asyncio.sleep(0)
+    assert swallowed
+    await until(lambda: len(pair.at_connected) == balls and len(pair.at_bound) == balls + 1)
+
+
+async def test_a_storm_of_ping_pong_never_stalls(backend: ZmqBackend, tmp_path: Path) -> None:
+    """One lost wake-up ends a rally: nothing else would wake its two sockets again."""
+    address, rallies, rounds, loop = f"ipc://{tmp_path}/x", 8, 600, asyncio.get_running_loop()
+    sockets: list[ZmqSocket] = []
+    router = backend.socket(
+        SocketKind.ROUTER, lambda parts: loop.call_soon(router.send, *parts) and None, bind=[address]
+    )
+    counts = [0] * rallies
+
+    def player(i: int) -> Callable[[list[Buffer]], None]:
+        def on_message(parts: list[Buffer]) -> None:
+            counts[i] += 1
+            if counts[i] < rounds:
+                loop.call_soon(sockets[i].send, parts[0])  # not within the pump, which would look again anyway
+
+        return on_message
+
+    for i in range(rallies):
+        sockets.append(backend.socket(SocketKind.DEALER, player(i), connect=[address]))
+        sockets[i].send(b"ball")
+    await until(lambda: counts == [rounds] * rallies)
+
+
+async def test_when_writable_calls_back_once_there_is_room(backend: ZmqBackend, tmp_path: Path) -> None:
+    push = backend.socket(SocketKind.PUSH, None, connect=[f"ipc://{tmp_path}/x"])
+    n = 0
+    while push.send(b"x"):
+        n += 1
+    assert n == OPTIONS[zmq.SNDHWM]
+    woken: list[bool] = []
+    push.when_writable(lambda: woken.append(push.send(b"y")))
+    await turns(5)
+    assert woken == []
+    got: list[list[Buffer]] = []
+    backend.socket(SocketKind.PULL, got.append, bind=[f"ipc://{tmp_path}/x"])
+    await until(lambda: len(got) == n + 1)
+    assert woken == [True]
+
+
+async def test_an_idle_link_costs_nothing(net: Net) -> None:
+    """A descriptor left readable would spin the loop."""
+    receiver, sender = net.receiver(window=64), net.sender()
+    net.spawn(send(sender, range(1_000)))
+    await take(receiver, 1_000)
+    net.kill("learner")
+    receiver = net.receiver(epoch=2, window=64)
+    await until(lambda: sender.credit == 64)
+    began = time.process_time()
+    await asyncio.sleep(0.3)
+    assert time.process_time() - began < 0.1
+
+
+# ── addresses ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+HOLDER = """
+import asyncio, sys
+from ddrl_bus.transport.bus import Bus
+from ddrl_bus.transport.ledger import Ledger
+
+async def hold():
+    Bus("holder", 1, Ledger()).receiver("data", [sys.argv[1]], 4)
+    print("held", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(hold())
+"""
+
+
+@contextlib.contextmanager
+def held(address: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds `address`."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, address], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert select.select([holder.stdout], [], [], WAIT_S)[0]
+        assert holder.stdout.readline() == b"held\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+async def test_an_address_of_a_living_process_is_refused_and_of_a_killed_one_is_free(net: Net) -> None:
+    address = net.address("learner")
+    with held(address) as holder:
+        with pytest.raises(AddressInUseError, match=address):
+            net.receiver(window=4)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    receiver, sender = net.receiver(epoch=2, window=4), net.sender()
+    net.spawn(send(sender, range(5)))
+    assert await take(receiver, 5) == [*range(5)]
+
+
+async def test_a_living_holder_is_not_disturbed_by_who_was_refused(net: Net) -> None:
+    receiver, sender = net.receiver(window=4), net.sender()
+    await send(sender, range(2))
+    with pytest.raises(AddressInUseError, match=net.address("learner")):
+        net.receiver(epoch=2, window=4)
+    late = net.sender("late")
+    await send(late, range(2, 4))
+    assert sorted(await take(receiver, 4)) == [*range(4)]
+
+
+@pytest.mark.parametrize("scheme", ["tcp"])
+async def test_a_queue_whose_second_port_is_taken_leaves_the_first_one_free(net: Net) -> None:
+    host, _, port = net.address("learner").rpartition(":")
+    other = net.bus("other").publisher("weights", [f"{host}:{int(port) + 1}"])
+    with pytest.raises(AddressInUseError, match=str(int(port) + 1)):
+        net.receiver(window=4)
+    other.close()
+    await until(lambda: _bound(net))
+
+
+def _bound(net: Net) -> bool:
+    with contextlib.suppress(AddressInUseError):
+        net.receiver(window=4)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("address", ["tcp://nonsense", "tcp://192.0.2.1:4444", "ipc:///proc/none/x"])
+async def test_an_impossible_address_is_named(backend: ZmqBackend, address: str) -> None:
+    with pytest.raises((UsageError, OSError), match=r"nonsense|192\.0\.2\.1|/proc"):
+        backend.socket(SocketKind.PULL, None, bind=[address])
+
+
+async def test_a_receiver_comes_back_at_once_at_its_address(net: Net) -> None:
+    sender = net.sender()
+    for epoch in range(1, 11):
+        receiver = net.receiver(epoch=epoch, window=4)
+        await until(lambda epoch=epoch: sender._core.lanes and sender._core.lanes["learner"].epoch == epoch)
+        await send(sender, range(epoch, epoch + 1))
+        assert await take(receiver, 1) == [epoch]
+        net.kill("learner", epoch)
+
+
+# ── leaks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_hundred_lives_leave_nothing_behind(net: Net) -> None:
+    async def one_life(epoch: int) -> None:
+        receiver, sender = net.receiver(epoch=epoch, window=2), net.sender(epoch=epoch)
+        publisher, subscriber = net.publisher(epoch=epoch), net.subscriber(epoch=epoch)
+        server, client = net.server(epoch=epoch), net.client(epoch=epoch)
+        if epoch % 20 == 1:
+            await send(sender, range(1))
+            await take(receiver, 1)
+            publisher.publish(1, numbered(1), {"i": 1})
+            await subscriber.next()
+            asking = net.spawn(client.request("ask", timeout_s=WAIT_S))
+            (await server.recv()).answer("echo")
+            await asking
+        for node in ("actor", "subscriber", "client", "learner", "publisher", "server"):
+            net.kill(node, epoch)
+
+    def left() -> dict[str, object]:
+        gc.collect()
+        return {
+            "fds": len(os.listdir("/proc/self/fd")),
+            "threads": len(os.listdir("/proc/self/task")),
+            "python threads": threading.active_count(),
+            "shm": [name for name in os.listdir("/dev/shm") if "zmq" in name or "ddrl" in name],
+            "folder": sorted(os.listdir(net.folder)),
+            "tasks": len(asyncio.all_tasks()),
+        }
+
+    await one_life(1)
+    base = left()
+    for epoch in range(2, 102):
+        await one_life(epoch)
+    assert left() == base
+
+
+async def test_closing_towards_a_peer_that_is_gone_does_not_wait(net: Net) -> None:
+    net.receiver(window=4)
+    sender, subscriber, client = net.sender(), net.subscriber(), net.client()
+    await until(lambda: sender.connected)
+    net.kill("learner")
+    asking = net.spawn(client.request("ask", timeout_s=WAIT_S))
+    await asyncio.sleep(0.02)
+    began = time.monotonic()
+    for node in ("actor", "subscriber", "client"):
+        net.kill(node)
+    assert time.monotonic() - began < zeromq.OPTIONS[zmq.LINGER] / 1e3
+    assert subscriber.latest() is None
+    await asyncio.gather(asking, return_exceptions=True)
+
+
+async def test_both_addresses_of_a_binder_work(net: Net) -> None:
+    addresses = [f"ipc://{net.folder}/both", f"tcp://127.0.0.1:{free_ports()}"]
+    receiver = net.bus("learner").receiver("data", addresses, 4)
+    for i, address in enumerate(addresses):
+        sender = net.bus(f"actor-{i}").sender("data", {"learner": address})
+        await sender.send(numbered(i, SMALL), {"i": i})
+        assert await take(receiver, 1) == [i]
