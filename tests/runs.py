@@ -145,8 +145,9 @@ class Run:
 
 def is_alive(pid: int) -> bool:
     """Whether the process is there and no zombie, and one of ours."""
+    process = Path(f"/proc/{pid}")
     try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text() and b"ddrl" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return ") Z " not in (process / "stat").read_text() and b"ddrl" in (process / "cmdline").read_bytes()
     except OSError:
         return False
 

@@ -116,8 +116,9 @@ def strangers() -> Iterator[Strangers]:
 def garbage(seed: int) -> Iterator[list[bytes]]:
     """Random, truncated, grown, oversized and multi-part messages, and valid ones from strangers."""
     dice = random.Random(seed)
+    fields = {"version": 0, "learner_epoch": 0, "returns": [], "lengths": []}
     valid = [
-        bytes(wire.encode(kind, "actor-7", 1 << 32, 1, {"version": 0, "learner_epoch": 0, "returns": [], "lengths": []}))
+        bytes(wire.encode(kind, "actor-7", 1 << 32, 1, fields))
         for kind in ("trajectory", "progress", "weights", "_probe", "status", "nonsense")
     ]
     for _ in range(60):

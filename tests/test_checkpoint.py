@@ -183,7 +183,8 @@ def test_all_damaged_is_refused_and_names_each(two: Path) -> None:
 def test_a_manifest_that_says_something_else_is_refused(two: Path, manifest: dict[str, object], words: str) -> None:
     path = two / "000000000002"
     said = json.loads((path / MANIFEST).read_text()) | manifest
-    said["sha256"] = hashlib.sha256(json.dumps({k: said[k] for k in sorted(said) if k != "sha256"}).encode()).hexdigest()
+    text = json.dumps({key: said[key] for key in sorted(said) if key != "sha256"})
+    said["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     (path / MANIFEST).write_text(json.dumps(said))
     with pytest.raises(RefusedFileError, match=words):
         checkpoint.load(path)

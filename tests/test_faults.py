@@ -119,14 +119,16 @@ def test_training_survives_the_controller(folder: Path) -> None:
 
 
 def test_a_killed_supervisor_leaves_nobody_and_the_run_resumes(folder: Path) -> None:
-    with running(folder, *FOREVER, "checkpoint.every=300ms") as run:
+    with running(folder, *FOREVER, "grace=5s") as run:
         run.until(lambda: run.trained() > 50, "training")
         assert len(run.alive()) == 5
         run.process.kill()
-        eventually(lambda: not run.alive(), "nobody left behind", patience_s=30)
+        eventually(lambda: not run.alive(), "nobody left behind", patience_s=10)
+        for node in ("actor-0", "actor-1", "learner-0"):
+            assert "state=stopped was=draining" in (folder / "logs" / f"{node}.log").read_text()
         assert_closed(run.books())
         saved = checkpoint.newest(folder / "checkpoints")
-        assert saved is not None
+        assert saved is not None  # the learner drained, and saved what it had learnt
         trained = run.trained()
     goal = saved.step + 100_000
     with running(folder, "--resume", str(folder), f"stop.steps={goal}") as run:

@@ -78,5 +78,5 @@ def test_a_field_of_another_type_is_refused(message: Any, change: dict[str, Any]
 def test_a_missing_field_is_refused(name: str) -> None:
     fields = fields_of(SAID[0])
     del fields[name]
-    with pytest.raises(WireError, match="^fields: trajectory: "):
+    with pytest.raises(WireError, match=r"^fields: trajectory: "):
         parse(Trajectory, sent(Trajectory.KIND, fields))

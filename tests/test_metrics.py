@@ -85,7 +85,8 @@ def test_json_lines_are_whole_at_once_and_appended(tmp_path: Path) -> None:
 
 def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
-    lines.write({"loss": float("nan"), "nodes": {"learner-0": {"grad_norm": float("inf"), "lag": [1.0, float("-inf")]}}})
+    nan, inf = float("nan"), float("inf")
+    lines.write({"loss": nan, "nodes": {"learner-0": {"grad_norm": inf, "lag": [1.0, -inf]}}})
     lines.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"loss": None, "nodes": {"learner-0": {"grad_norm": None, "lag": [1.0, None]}}}

@@ -94,10 +94,10 @@ def _timed(case: Case, pull: Side, push: Side) -> float:
         ends = [spawn.Process(target=_side, args=(side, case, address, theirs)) for side in (pull, push)]
         for end in ends:
             end.start()
-        elapsed: float = ours.recv() if ours.poll(120) else float("nan")
+        elapsed: float = ours.recv() if ours.poll(60) else float("nan")
         for end in ends:
-            end.join(10)
             end.kill()
+            end.join()
     return elapsed / case.messages * 1e6
 
 
@@ -117,8 +117,7 @@ def _link_push(case: Case, address: str, _result: Connection) -> None:
         layout = Layout("trajectory", PAYLOADS[case.payload])
         for number in range(case.messages + _warm_up(case)):
             await sender.send(layout.arena(), {"version": number})
-        await sender.flush(10)
-        bus.close()
+        await asyncio.sleep(60)  # until we are killed
 
     asyncio.run(main())
 
@@ -133,8 +132,6 @@ def _link_pull(case: Case, address: str, result: Connection) -> None:
         for _ in range(case.messages):
             await receiver.recv()
         result.send(time.perf_counter() - began)
-        await asyncio.sleep(0.2)  # the last credits let the sender flush
-        bus.close()
 
     asyncio.run(main())
 
@@ -151,6 +148,7 @@ def _raw_push(case: Case, address: str, _result: Connection) -> None:
                 socket.send(frame)
             else:
                 socket.send(frame, copy=False)
+        time.sleep(60)  # until we are killed: an ipc sender that leaves takes the tail with it
 
 
 def _raw_pull(case: Case, address: str, result: Connection) -> None:
@@ -173,5 +171,3 @@ def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
             f"{row.payload:<22}{row.window:>7}{row.link_us:>10.1f}{row.raw_us:>10.1f}"
             f"{row.link_us - row.raw_us:>10.1f}{row.ratio:>8.2f}   {row.spread[0]:.2f} to {row.spread[1]:.2f}"
         )
-
-

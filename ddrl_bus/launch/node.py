@@ -35,7 +35,7 @@ def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> in
     with logs.attached(folder, name, logging.getLogger()) as log:
         try:
             with asyncio.Runner(debug=False, loop_factory=_loop_factory()) as runner:
-                runner.run(_serve(plan, name, folder))
+                runner.run(_serve(plan, name, folder, supervised=parent is not None))
         except Exception as error:
             if log.shown is not error:
                 logging.getLogger(f"ddrl_bus.{name}").critical("failed", exc_info=error)
@@ -43,7 +43,7 @@ def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> in
     return 0
 
 
-async def _serve(plan: Plan, name: str, folder: Path) -> None:
+async def _serve(plan: Plan, name: str, folder: Path, *, supervised: bool) -> None:
     from ddrl_bus.nodes.base import serve
 
     stop = asyncio.Event()
@@ -51,6 +51,8 @@ async def _serve(plan: Plan, name: str, folder: Path) -> None:
 
     def signalled(number: int) -> None:
         if stop.is_set():
+            if supervised:  # the kernel tells of our parent's death once for each of its threads
+                return
             os._exit(128 + number)
         stop.set()
         # The kernel keeps this deadline, so a blocked event loop cannot miss it.

@@ -74,7 +74,7 @@ class Actor(Node):
                 fresh = not self.lockstep or await self._fresh_weights()
         finally:
             await asyncio.gather(*playing, return_exceptions=True)  # nobody has room for these any more
-        await self.trajectories.flush(self.plan.grace)
+        await self.trajectories.flush(self.plan.grace / 2)  # the rest is for the goodbye
 
     def _ahead(self) -> int:
         """Unrolls in the making: a second one hides the switch between loop and thread, if it will find credit."""

@@ -77,7 +77,7 @@ Buffer: TypeAlias = bytes | memoryview
 _PREFIX: Final = struct.Struct("<4sBBHII")
 _HEAD_ROOM: Final = 512
 _ZEROED: Final = 16 << 10
-_UNSIGNED_64: Final = 1 << 64
+_HEADER_TYPES: Final = (str, str, int, int, int, dict, bytes)
 _SCALARS: Final = frozenset((str, int, float, bool, type(None)))
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
 
@@ -199,10 +199,8 @@ class Arena:
         size = head + layout.size
         if size > MAX_FRAME:
             raise WireError("oversized", f"{layout.kind}: frame of {size} bytes, at most {MAX_FRAME} travel")
-        frame = memoryview(self._buffer)[self._room - head :]  # type: ignore[arg-type]
-        _PREFIX.pack_into(frame, 0, MAGIC, *PROTOCOL, 0, len(header), head)
-        frame[_PREFIX.size : text_end] = header
-        frame[text_end:head] = bytes(head - text_end)
+        frame = self._buffer.data[self._room - head :]
+        frame[:head] = _PREFIX.pack(MAGIC, *PROTOCOL, 0, len(header), head) + header + bytes(head - text_end)
         return frame.toreadonly()
 
     def _outgrown(self, room: int) -> None:
@@ -253,10 +251,9 @@ def decode(frame: Buffer) -> Message:
     if zero or arena_at % ALIGN or not _PREFIX.size + header_len <= arena_at <= size:
         raise WireError("truncated", f"header of {header_len} bytes, arena at {arena_at}, frame of {size}")
     kind, node, epoch, seq, lane, fields, specs = _header(frame[_PREFIX.size : _PREFIX.size + header_len])
-    placed = _parsed_specs(specs)
-    end = arena_at + (_round_up(placed[-1].offset + placed[-1].nbytes) if placed else 0)
-    if end != size:
-        raise WireError("arena", f"frame of {size} bytes, its header says {end}")
+    placed, arena_size = _parsed_specs(specs)
+    if arena_at + arena_size != size:
+        raise WireError("arena", f"frame of {size} bytes, its header says {arena_at + arena_size}")
     if type(frame) is memoryview and not frame.readonly:
         frame = frame.toreadonly()
     arrays: dict[str, Array] = {p.name: np.ndarray(p.shape, p.dtype, frame, arena_at + p.offset) for p in placed}
@@ -285,16 +282,13 @@ def unpack(data: Buffer) -> Any:
 
 def _header(data: Buffer) -> tuple[str, str, int, int, int, dict[str, Any], bytes]:
     header = unpack(data)
-    if type(header) is not list or len(header) != 7:
-        raise WireError("header", "expected a list of 7")
+    if type(header) is not list or tuple(map(type, header)) != _HEADER_TYPES:
+        raise WireError("header", "expected [kind, node, epoch, seq, lane, fields, specs]")
     kind, node, epoch, seq, lane, fields, specs = header
-    if type(kind) is not str or type(node) is not str or len(kind) > 64 or len(node) > 64:
-        raise WireError("header", "kind and node are strings of at most 64 characters")
-    for number in (epoch, seq, lane):
-        if type(number) is not int or not 0 <= number < _UNSIGNED_64:
-            raise WireError("header", "epoch, seq and lane are unsigned 64-bit integers")
-    if type(fields) is not dict or type(specs) is not bytes:
-        raise WireError("fields", "fields are a map, specs are bytes")
+    if len(kind) > 64 or len(node) > 64:
+        raise WireError("header", "kind and node have at most 64 characters")
+    if epoch < 0 or seq < 0 or lane < 0:  # msgpack has no integers of 64 bits and more
+        raise WireError("header", "epoch, seq and lane are unsigned")
     for name, value in fields.items():
         if type(name) is not str or (type(value) not in _SCALARS and not _plain(value, MAX_DEPTH)):
             raise WireError("fields", f"fields nest deeper than {MAX_DEPTH} or hold bytes")
@@ -310,8 +304,8 @@ def _plain(value: Any, depth: int) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _parsed_specs(packed: bytes) -> tuple[_Placed, ...]:
-    """Checked array specs. Cached by their bytes: a link sends the same few over and over."""
+def _parsed_specs(packed: bytes) -> tuple[tuple[_Placed, ...], int]:
+    """Checked array specs and the arena's size. Cached by their bytes: a link sends the same few over and over."""
     if len(packed) > MAX_SPECS:
         raise WireError("specs", f"{len(packed)} bytes of specs, at most {MAX_SPECS}")
     rows = unpack(packed)
@@ -325,7 +319,7 @@ def _parsed_specs(packed: bytes) -> tuple[_Placed, ...]:
         if p.offset != end:
             raise WireError("arena", f"{p.name!r} at {p.offset}, expected {end}")
         end = _round_up(end + p.nbytes)
-    return tuple(placed)
+    return tuple(placed), end
 
 
 def _parsed_spec(row: Any) -> _Placed:

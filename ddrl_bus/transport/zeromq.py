@@ -27,7 +27,7 @@ COPY_BELOW: Final = 64 << 10
 """Bytes under which a copying send is faster than a zero-copy one."""
 DRAIN_MESSAGES: Final = 256
 DRAIN_BYTES: Final = 1 << 20
-"""Both bound one turn of the pump; more bytes at once would only make libzmq fault in fresh memory for the next ones."""
+"""Both bound one turn of the pump; more bytes at once would only make libzmq fault in memory for the next ones."""
 
 OPTIONS: Final[dict[int, int]] = {
     zmq.LINGER: 500,  # ms; delivery is by acknowledgement, this only lets a last credit or reply out

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from runs import ENVIRON, Run, assert_closed, command
+from runs import ENVIRON, FOREVER, Run, assert_closed, command
 
 from ddrl_bus.launch import closing
 from ddrl_bus.transport import ledger
@@ -132,7 +132,10 @@ def test_the_learner_comes_late_and_the_cable_is_pulled(cable: Cable, tmp_path: 
 
 
 def test_a_signal_to_one_host_drains_both(cable: Cable, tmp_path: Path) -> None:
-    with share(cable, "gpu0", tmp_path / "gpu0") as learner, share(cable, "cpu1", tmp_path / "cpu1") as actors:
+    with (
+        share(cable, "gpu0", tmp_path / "gpu0", *FOREVER) as learner,
+        share(cable, "cpu1", tmp_path / "cpu1", *FOREVER) as actors,
+    ):
         learner.until(lambda: learner.trained() > 20, "training over tcp")
         learner.process.send_signal(signal.SIGTERM)
         assert learner.ends()["reason"] == "stop"
@@ -143,7 +146,10 @@ def test_a_signal_to_one_host_drains_both(cable: Cable, tmp_path: Path) -> None:
 
 def test_a_killed_actor_of_another_host_closes_the_books_exactly(cable: Cable, tmp_path: Path) -> None:
     """Its last heartbeat was older than its last unroll: the next life tells what the ledger of the dead one holds."""
-    with share(cable, "gpu0", tmp_path / "gpu0") as learner, share(cable, "cpu1", tmp_path / "cpu1") as actors:
+    with (
+        share(cable, "gpu0", tmp_path / "gpu0", *FOREVER) as learner,
+        share(cable, "cpu1", tmp_path / "cpu1", *FOREVER) as actors,
+    ):
         learner.until(lambda: learner.trained() > 20, "training over tcp")
         actors.kill("actor-0")
         actors.pid("actor-0", life=2)

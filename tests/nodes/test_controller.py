@@ -216,7 +216,9 @@ async def test_stop_drains_too(on_stage: OnStage) -> None:
 
 async def test_another_topology_is_refused(on_stage: OnStage) -> None:
     async with on_stage() as stage:
-        with pytest.raises(RemoteError, match=r"actor-0 runs topology 0123, this is rig .*start every host from the same"):
+        with pytest.raises(
+            RemoteError, match=r"actor-0 runs topology 0123, this is rig .*start every host from the same"
+        ):
             await stage.beat("actor-0", topology="0123")
         assert (await stage.status())["nodes"]["actor-0"]["state"] == "unheard"
 
@@ -317,7 +319,11 @@ async def test_a_new_life_tells_how_the_last_one_ended(on_stage: OnStage) -> Non
     async with on_stage() as stage:
         await stage.beat("actor-0", life=1, counters={"env_steps": 600})
         dead = f"actor-0@{1 << 32 | 7:016x}"
-        told = {dead: {"env_steps": 640}, "actor-1@0000000000000001": {"env_steps": 1}, "actor-0@../x": {"env_steps": 1}}
+        told = {
+            dead: {"env_steps": 640},
+            "actor-1@0000000000000001": {"env_steps": 1},
+            "actor-0@../x": {"env_steps": 1},
+        }
         await stage.beat("actor-0", life=2, counters={"env_steps": 60}, earlier=told)
         assert (await stage.status())["env_steps"] == 700
         actors = {life for life in stage.controller.node.lives if life.startswith("actor")}
@@ -346,7 +352,9 @@ async def test_the_result_and_the_books_of_every_life(on_stage: OnStage) -> None
         for name in NODES:
             if name != "actor-1":
                 await stage.beat(name, state="stopped", counters={"env_steps": 7} if name == "actor-0" else {})
-        await stage.beat("actor-1", life=2, state="stopped", counters={"env_steps": 60, "time/env": 75, "time/pack": 25})
+        await stage.beat(
+            "actor-1", life=2, state="stopped", counters={"env_steps": 60, "time/env": 75, "time/pack": 25}
+        )
         async with asyncio.timeout(PATIENCE_S):
             await stage.controller.task
     result = stage.result()

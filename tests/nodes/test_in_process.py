@@ -21,7 +21,6 @@ LOCK_STEP = ("links.trajectories.max_lag=0", "links.trajectories.window=1")
 
 async def trained(folder: Path, *overrides: str, life: int = 1) -> dict[str, Any]:
     """A whole run in `folder`; its result."""
-    folder.mkdir(exist_ok=True)
     plan = make_plan(folder, *overrides)
     hub, stop = MemoryHub(), asyncio.Event()
     async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
@@ -64,6 +63,7 @@ async def test_a_run_ends_by_its_budget_and_its_books_close(tmp_path: Path, link
 async def test_lock_step_repeats_exactly(tmp_path: Path) -> None:
     """The same seed gives the same bits, another seed gives others."""
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        (tmp_path / name).mkdir()
         await trained(tmp_path / name, "stop.steps=2000", *LOCK_STEP, f"seed={seed}")
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
 

@@ -146,6 +146,10 @@ class Net:
     def count(self, node: str, *path: str, epoch: int = 1) -> int:
         return self.ledgers[life(node, epoch)].snapshot().get("/".join(path), 0)
 
+    def accepted(self, node: str, link: str, epoch: int = 1) -> int:
+        """Messages that the node accepted on `link`, over all lanes."""
+        return sum(n for name, n in self.counts(node, f"{link}/", epoch).items() if name.endswith("/accepted"))
+
     def counts(self, node: str, prefix: str, epoch: int = 1) -> Mapping[str, int]:
         """The counters under `prefix`, without it."""
         books = self.ledgers[life(node, epoch)].snapshot()

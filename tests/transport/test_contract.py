@@ -251,7 +251,7 @@ async def test_receiver_restart(net: Net, on_loss: queue.OnLoss, noticed: bool, 
     net.spawn(_read_all(second, taken := []))
     await rest
     balance = await net.settled(sender)
-    await until(lambda: len(taken) == net.count("learner", "data", "messages_in", epoch=2))
+    await until(lambda: len(taken) == net.accepted("learner", "data", epoch=2))
     lost = balance.lost if on_loss == "count" else 0
     assert taken == [*range(2 + lost, 20)]
     assert balance.lost <= 3

@@ -16,7 +16,8 @@ import zmq
 from harness import WAIT_S, Net, number_of, numbered, until
 
 from ddrl_bus.errors import UnreachableError
-from ddrl_bus.transport import links, wire
+from ddrl_bus.transport import wire
+from ddrl_bus.transport.links import queue
 from ddrl_bus.transport.base import back_channel
 from ddrl_bus.transport.sessions.latest import CHUNK, digest
 from ddrl_bus.transport.wire import MAX_FRAME
@@ -374,7 +375,7 @@ async def test_a_replay_of_anothers_request_is_not_run_again(world: World) -> No
 
 
 async def test_a_flood_of_hellos_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "MAX_LANES", 50)
+    monkeypatch.setattr(queue, "MAX_LANES", 50)
     stranger = world.stranger("credits", zmq.XSUB)
     for i in range(200):
         await _send(stranger, [b"\x01Qghost-%d\x00%016x\x00" % (i, i)])
@@ -384,7 +385,7 @@ async def test_a_flood_of_hellos_is_bounded(world: World, monkeypatch: pytest.Mo
 
 
 async def test_a_flood_of_lives_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "MAX_LANES", 50)
+    monkeypatch.setattr(queue, "MAX_LANES", 50)
     hello, push = world.stranger("credits", zmq.XSUB), world.stranger("data", zmq.PUSH)
     for epoch in range(1, 100):
         await _send(hello, [b"\x01Qghost\x00%016x\x00" % epoch])

@@ -117,12 +117,12 @@ class QueueSender(Generic[F]):
                 best, most = lane, credit
         return best
 
-    def sent(self, lane: Lane[F], frame: F, now: float) -> None:
-        """Number `lane.sent + 1` went out."""
+    def sent(self, lane: Lane[F], frame: F | None, now: float) -> None:
+        """Number `lane.sent + 1` went out; `frame` is kept until it is settled, under `on_loss: resend`."""
         if lane.sent == lane.received:
             lane.progressed = now
         lane.sent += 1
-        if self.on_loss == "resend":
+        if frame is not None and self.on_loss == "resend":
             lane.kept.append((lane.sent, frame))
 
     def credit(self, credit: Credit, now: float) -> Reopened[F] | None:

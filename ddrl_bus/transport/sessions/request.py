@@ -93,7 +93,7 @@ class RequestServer(Generic[F]):
         self._peers: dict[str, _Peer[F]] = {}
 
     def arrived(self, client: str, epoch: int, request: int) -> Standing | tuple[F]:
-        """`new`: run it. `running`: it is. `old`: forgotten. `fenced`: of an earlier life. Else the answer, to repeat."""
+        """`new`: run it. `running`: it is. `old`: forgotten. `fenced`: of an earlier life. Else the answer again."""
         peer = self._peers.get(client)
         if peer is None or epoch > peer.epoch:
             peer = self._peers[client] = _Peer(epoch)

@@ -1,0 +1,345 @@
+"""The two ends of a `queue`.
+
+PUSH → PULL     one wire frame a message
+SUB  ← XPUB     [topic of the sender, msgpack credit]; subscribing to it is the sender's hello
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from time import perf_counter_ns
+from typing import Any, Final
+
+import msgpack
+
+from ddrl_bus.errors import WireError
+from ddrl_bus.transport import wire
+from ddrl_bus.transport.base import Backend, Socket, SocketKind, back_channel
+from ddrl_bus.transport.ledger import Counter
+from ddrl_bus.transport.links.end import Check, End, Host, life, subscription, topic
+from ddrl_bus.transport.sessions.queue import (
+    ACCEPT,
+    Credit,
+    Inbound,
+    Lane,
+    OnLoss,
+    Probe,
+    QueueReceiver,
+    QueueSender,
+    Resend,
+)
+from ddrl_bus.transport.wire import Arena, Buffer, Message
+
+PROBE_KIND: Final = "_probe"
+MAX_LANES: Final = 2048
+"""Lives of senders that one receiver ever keeps books of: a stranger could say hello under any number of names."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What it takes to encode a message again, for another life of the receiver."""
+
+    arena: Arena
+    fields: Mapping[str, Any]
+    frame: memoryview
+
+
+class Sender(End):
+    """The sending end of a `queue`: one PUSH per receiver, credits back on a SUB.
+
+    Args:
+        receivers: node name → data address.
+        on_loss: `count` what a broken connection took, or `resend` it.
+    """
+
+    def __init__(
+        self, host: Host, backend: Backend, link: str, receivers: Mapping[str, str], on_loss: OnLoss = "count"
+    ) -> None:
+        super().__init__(host, link)
+        self._core: QueueSender[_Draft] = QueueSender(self._node, self._epoch, on_loss)
+        self._keeps = on_loss == "resend"
+        self._redo: deque[_Draft] = deque()
+        self._bytes = self._counter("bytes_out")
+        self._encode_ns, self._wait_ns = self._counter("encode_ns"), self._counter("send_wait_ns")
+        self._data: dict[str, Socket] = {}
+        self._produced: dict[tuple[str, int], Counter] = {}
+        hello = topic(b"Q", self._node, self._epoch)
+        for receiver, address in receivers.items():
+            self._data[receiver] = self._open(backend, SocketKind.PUSH, None, connect=[address])
+            credits = self._open(backend, SocketKind.SUB, self._on_credit, connect=[back_channel(address)])
+            credits.subscribe(hello)
+
+    async def send(self, arena: Arena, fields: Mapping[str, Any]) -> None:
+        """Hand one message over, waiting for credit. Nobody may write to `arena` any more.
+
+        Cancelled while it waits, nothing was sent.
+
+        Raises:
+            LinkClosedError: this end was closed.
+        """
+        if self.try_send(arena, fields):
+            return
+        began = perf_counter_ns()
+        while True:
+            await self._signal.wait()
+            if self.try_send(arena, fields):
+                self._wait_ns.add(perf_counter_ns() - began)
+                return
+
+    def try_send(self, arena: Arena, fields: Mapping[str, Any]) -> bool:
+        """Send now if a receiver has credit; say whether it went out."""
+        self._ensure_open()
+        lane = self._core.ready(self._loop.time()) if not self._redo else None
+        return lane is not None and self._send_on(lane, arena, fields)
+
+    def _send_on(self, lane: Lane[_Draft], arena: Arena, fields: Mapping[str, Any]) -> bool:
+        began = perf_counter_ns()
+        frame = arena.encode(self._node, self._epoch, lane.sent + 1, fields, lane.epoch)
+        self._encode_ns.add(perf_counter_ns() - began)
+        produced = self._produced_on(lane)
+        produced.add()  # before the bytes leave: a kill in between must not let more arrive than were produced
+        socket = self._data[lane.receiver]
+        if not socket.send(frame):
+            produced.add(-1)
+            socket.when_writable(self._signal.notify)
+            return False
+        self._core.sent(lane, _Draft(arena, fields, frame) if self._keeps else None, self._loop.time())
+        self._bytes.add(len(frame))
+        return True
+
+    def _produced_on(self, lane: Lane[_Draft]) -> Counter:
+        key = (lane.receiver, lane.epoch)
+        counter = self._produced.get(key)
+        if counter is None:
+            ends = f"{life(self._node, self._epoch)}>{life(*key)}"
+            counter = self._produced[key] = self._counter(ends, "produced")
+        return counter
+
+    def _on_credit(self, parts: list[Buffer]) -> None:
+        try:
+            credit = _parse_credit(parts)
+        except WireError as error:
+            self._refuse(error.reason)
+            return
+        if credit.receiver not in self._data:
+            self._refuse("unknown_receiver")
+            return
+        reopened = self._core.credit(credit, self._loop.time())
+        if reopened is not None:
+            # Into fresh bytes: ZeroMQ may still be reading the old ones.
+            self._redo.extend(_Draft(d.arena.extended({}), d.fields, d.frame) for d in reopened.redo)
+        while self._redo and (lane := self._core.ready(self._loop.time())) is not None:
+            if not self._send_on(lane, self._redo[0].arena, self._redo[0].fields):
+                return
+            self._redo.popleft()
+        self._signal.notify()
+
+    def _poll(self, now: float) -> None:
+        for action in self._core.poll(now):
+            match action:
+                case Probe(lane, sent):
+                    self._probe(lane, sent)
+                case Resend(lane, _, draft):
+                    self._data[lane.receiver].send(draft.frame)
+                    self._counter("resent").add()
+
+    def _probe(self, lane: Lane[Any], sent: int) -> None:
+        probe = wire.encode(PROBE_KIND, self._node, self._epoch, 0, {"sent": sent}, lane=lane.epoch)
+        self._data[lane.receiver].send(probe)
+
+    @property
+    def credit(self) -> int:
+        """How many messages could go out now."""
+        return sum(max(0, lane.credit) for lane in self._core.lanes.values())
+
+    @property
+    def connected(self) -> bool:
+        """Whether any receiver has been heard."""
+        return bool(self._core.lanes)
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until every message sent is acknowledged; False if `timeout_s` ran out first.
+
+        Raises:
+            LinkClosedError: this end was closed.
+        """
+        self._ensure_open()
+        for lane in self._core.lanes.values():
+            if not lane.settled:
+                self._probe(lane, lane.sent)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._redo or not self._core.settled:
+                    await self._signal.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def _parse_credit(parts: Sequence[Buffer]) -> Credit:
+    values = wire.unpack(parts[1]) if len(parts) == 2 else None
+    kinds = (str, int, str, int, int, int, int)
+    if not isinstance(values, list) or tuple(map(type, values)) != kinds:
+        raise WireError("credit", "expected [receiver, epoch, sender, epoch, received, freed, window]")
+    if any(type(value) is int and value < 0 for value in values):
+        raise WireError("credit", "numbers are unsigned")
+    return Credit(*values)
+
+
+@dataclass(slots=True)
+class _LaneBooks:
+    accepted: Counter
+    refused: Counter
+    lost: Counter
+    duplicates: Counter
+    taken: Counter
+
+
+class Receiver(End):
+    """The receiving end of a `queue`: binds a PULL, and an XPUB for credits beside it.
+
+    Args:
+        binds: data addresses.
+        window: messages that each sender may have unread here.
+        check: looks at each message before it is accepted.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        backend: Backend,
+        link: str,
+        binds: Sequence[str],
+        window: int,
+        on_loss: OnLoss = "count",
+        check: Check | None = None,
+    ) -> None:
+        super().__init__(host, link)
+        self.check = check
+        self._core = QueueReceiver(self._node, self._epoch, window, on_loss)
+        self._box: deque[tuple[Message, int, _LaneBooks]] = deque()
+        self._books: dict[tuple[str, int], _LaneBooks] = {}
+        self._bytes = self._counter("bytes_in")
+        self._decode_ns, self._queue_ns = self._counter("decode_ns"), self._counter("queue_wait_ns")
+        self._credits_due = False
+        self._open(backend, SocketKind.PULL, self._on_data, bind=binds)
+        self._credits = self._open(backend, SocketKind.XPUB, self._on_hello, bind=[back_channel(b) for b in binds])
+
+    async def recv(self) -> Message:
+        """The next message, in arrival order. Cancelled while it waits, nothing is lost.
+
+        Raises:
+            LinkClosedError: this end was closed.
+        """
+        while not self._box:
+            self._ensure_open()
+            await self._signal.wait()
+        return self._take()
+
+    def try_recv(self) -> Message | None:
+        return self._take() if self._box else None
+
+    def _take(self) -> Message:
+        message, arrived, books = self._box.popleft()
+        books.taken.add()
+        self._queue_ns.add(perf_counter_ns() - arrived)
+        self._core.freed(message.node, message.epoch)
+        self._credits_soon()
+        return message
+
+    @property
+    def queued(self) -> int:
+        """Messages that wait to be taken."""
+        return len(self._box)
+
+    def _on_data(self, parts: list[Buffer]) -> None:
+        began = perf_counter_ns()
+        if len(parts) != 1:
+            self._refuse("parts")
+            return
+        try:
+            message = wire.decode(parts[0])
+        except WireError as error:
+            self._refuse(error.reason)
+            return
+        now = self._loop.time()
+        if message.kind == PROBE_KIND:
+            sent = message.fields.get("sent")
+            if type(sent) is not int or sent < 0:
+                self._refuse("probe")
+                return
+            self._core.probed(message.node, message.epoch, sent, message.lane, now)
+            self._credits_soon()
+            return
+        verdict = self._core.arrived(message.node, message.epoch, message.seq, message.lane, now)
+        if verdict == ACCEPT:
+            self._accept(message, began)
+        elif verdict == "duplicate":
+            self._lane_books(message.node, message.epoch).duplicates.add()
+        else:
+            self._refuse(verdict)
+        self._credits_soon()
+
+    def _accept(self, message: Message, began: int) -> None:
+        books = self._lane_books(message.node, message.epoch)
+        reason = self.check(message) if self.check is not None else None
+        if reason is not None:
+            books.refused.add()
+            self._counter("refused", reason).add()
+            self._core.freed(message.node, message.epoch)
+            return
+        books.accepted.add()
+        self._bytes.add(message.nbytes)
+        arrived = perf_counter_ns()
+        self._decode_ns.add(arrived - began)
+        self._box.append((message, arrived, books))
+        self._signal.notify()
+
+    def _lane_books(self, sender: str, epoch: int) -> _LaneBooks:
+        books = self._books.get((sender, epoch))
+        if books is None:
+            ends = f"{life(sender, epoch)}>{life(self._node, self._epoch)}"
+            books = self._books[sender, epoch] = _LaneBooks(
+                *(self._counter(ends, what) for what in ("accepted", "refused", "lost", "duplicates", "taken"))
+            )
+        return books
+
+    def _on_hello(self, parts: list[Buffer]) -> None:
+        hello = subscription(parts, b"Q")
+        if hello is None:
+            if bytes(parts[0][:1]) != b"\x00":
+                self._refuse("hello")
+            return
+        known = self._core.senders.get(hello[0])
+        is_new = known is None or known.epoch < hello[1]
+        if is_new and max(len(self._books), len(self._core.senders)) >= MAX_LANES:
+            self._refuse("lanes")
+            return
+        if self._core.hello(*hello) is None:
+            self._refuse("fenced")
+        self._credits_soon()
+
+    def _credits_soon(self) -> None:
+        # One round of credits per turn of the loop, however many messages it moved.
+        if self._core.credits_due and not self._credits_due:
+            self._credits_due = True
+            self._loop.call_soon(self._send_credits)
+
+    def _send_credits(self) -> None:
+        self._credits_due = False
+        if self._closed:
+            return
+        for credit in self._core.credits():
+            self._credits.send(topic(b"Q", credit.sender, credit.sender_epoch), msgpack.packb(astuple(credit)))
+
+    def _poll(self, now: float) -> None:
+        for inbound, lost in self._core.poll(now):
+            self._lane_books(inbound.sender, inbound.epoch).lost.add(lost)
+        self._send_credits()
+
+    @property
+    def senders(self) -> Mapping[str, Inbound]:
+        return self._core.senders

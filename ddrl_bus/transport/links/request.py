@@ -1,0 +1,184 @@
+"""The two ends of a `request`.
+
+DEALER ⇄ ROUTER     one wire frame each way; `seq` is the request's number
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ddrl_bus.errors import FencedError, LinkClosedError, RemoteError, UnreachableError, WireError
+from ddrl_bus.transport import wire
+from ddrl_bus.transport.base import Backend, SocketKind
+from ddrl_bus.transport.links.end import End, Host
+from ddrl_bus.transport.sessions.request import RequestClient, RequestServer
+from ddrl_bus.transport.wire import Array, Buffer, Message
+
+ERROR_KIND: Final = "_error"
+MAX_OPEN_REQUESTS: Final = 1024
+
+
+class Client(End):
+    """The asking end of a `request`, towards one server."""
+
+    def __init__(self, host: Host, backend: Backend, link: str, address: str) -> None:
+        super().__init__(host, link)
+        self._core: RequestClient[memoryview] = RequestClient()
+        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._messages = self._counter("messages_out")
+        self._address = address
+        self._socket = self._open(backend, SocketKind.DEALER, self._on_answer, connect=[address])
+
+    async def request(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, Array] | None = None,
+        *,
+        timeout_s: float,
+    ) -> Message:
+        """The server's answer.
+
+        Raises:
+            UnreachableError: none came within `timeout_s`.
+            RemoteError: the server refused it; carries its words.
+            FencedError: the server knows a newer life of this node.
+            LinkClosedError: this end was closed.
+        """
+        self._ensure_open()
+        number = self._core.next_id()
+        frame = wire.encode(kind, self._node, self._epoch, number, fields or {}, arrays)
+        self._core.open(number, frame, self._loop.time(), timeout_s)
+        future = self._waiting[number] = self._loop.create_future()
+        self._socket.send(frame)  # with no room now it is repeated by the timer
+        self._messages.add()
+        try:
+            answer: Message = await future
+            return answer
+        finally:
+            self._core.abandon(number)
+            self._waiting.pop(number, None)
+
+    def _on_answer(self, parts: list[Buffer]) -> None:
+        if len(parts) != 1:
+            self._refuse("parts")
+            return
+        try:
+            message = wire.decode(parts[0])
+        except WireError as error:
+            self._refuse(error.reason)
+            return
+        if not self._core.answered(message.seq):
+            self._counter("late").add()
+            return
+        future = self._waiting[message.seq]
+        if future.done():
+            return
+        if message.kind == ERROR_KIND:
+            refusal = FencedError if message.fields.get("fenced") is True else RemoteError
+            future.set_exception(refusal(f"{self.link}: {message.node}: {message.fields.get('error')}"))
+        else:
+            future.set_result(message)
+
+    def _poll(self, now: float) -> None:
+        due = self._core.poll(now)
+        for frame in due.again:
+            self._socket.send(frame)
+            self._counter("repeated").add()
+        for number in due.expired:
+            future = self._waiting.get(number)
+            if future is not None and not future.done():
+                future.set_exception(UnreachableError(f"{self.link}: no answer from {self._address} in time"))
+
+    def close(self) -> None:
+        super().close()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(LinkClosedError(f"{self.link}: this end of {self._node} closed"))
+
+
+@dataclass(slots=True)
+class Request:
+    """One question; `answer` or `refuse` it once."""
+
+    message: Message
+    _server: Server
+    _peer: Buffer
+
+    def answer(
+        self, kind: str, fields: Mapping[str, Any] | None = None, arrays: Mapping[str, Array] | None = None
+    ) -> None:
+        self._server.reply(self._peer, self.message, kind, fields or {}, arrays)
+
+    def refuse(self, error: str) -> None:
+        """The client gets RemoteError with these words."""
+        self.answer(ERROR_KIND, {"error": error})
+
+
+class Server(End):
+    """The answering end of a `request`: binds a ROUTER; runs each request once, repeats kept answers."""
+
+    def __init__(self, host: Host, backend: Backend, link: str, binds: Sequence[str]) -> None:
+        super().__init__(host, link)
+        self._core: RequestServer[memoryview] = RequestServer()
+        self._box: deque[Request] = deque()
+        self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
+        self._socket = self._open(backend, SocketKind.ROUTER, self._on_request, bind=binds)
+
+    async def recv(self) -> Request:
+        """The next request. Cancelled while it waits, nothing is lost.
+
+        Raises:
+            LinkClosedError: this end was closed.
+        """
+        while not self._box:
+            self._ensure_open()
+            await self._signal.wait()
+        return self._box.popleft()
+
+    def _on_request(self, parts: list[Buffer]) -> None:
+        if len(parts) != 2:
+            self._refuse("parts")
+            return
+        try:
+            message = wire.decode(parts[1])
+        except WireError as error:
+            self._refuse(error.reason)
+            return
+        if len(self._box) >= MAX_OPEN_REQUESTS:
+            self._refuse("busy")  # the client asks again
+            return
+        match self._core.arrived(message.node, message.epoch, message.seq):
+            case "new":
+                self._messages.add()
+                self._bytes.add(message.nbytes)
+                self._box.append(Request(message, self, bytes(parts[0])))
+                self._signal.notify()
+            case (frame,):
+                self._counter("repeated").add()
+                self._socket.send(parts[0], frame)
+            case standing:
+                self._refuse(str(standing))
+                if standing == "fenced":  # whoever asks must hear of it, not wait
+                    words = {"error": f"a newer life of {message.node} is here", "fenced": True}
+                    self._socket.send(parts[0], wire.encode(ERROR_KIND, self._node, self._epoch, message.seq, words))
+
+    def reply(
+        self,
+        peer: Buffer,
+        request: Message,
+        kind: str,
+        fields: Mapping[str, Any],
+        arrays: Mapping[str, Array] | None,
+    ) -> None:
+        """Send and keep the answer; a peer that is gone will ask again if it still cares."""
+        if self._closed:
+            return
+        frame = wire.encode(kind, self._node, self._epoch, request.seq, fields, arrays)
+        self._core.answer(request.node, request.epoch, request.seq, frame)
+        if not self._socket.send(peer, frame):
+            self._counter("unsent_answers").add()
