@@ -90,8 +90,8 @@ def actor_critic(
 
 
 def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Linear:
-    # skip_init leaves the memory as it is: nn.Linear's own initialisation would draw from torch's global generator
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
-    nn.init.orthogonal_(layer.weight, gain, generator=generator)
-    nn.init.zeros_(layer.bias)
+    # On the meta device nothing is initialised: nn.Linear's own way would draw from torch's global generator.
+    layer = nn.Linear(inputs, outputs, device="meta")
+    layer.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(outputs, inputs), gain, generator=generator))
+    layer.bias = nn.Parameter(torch.zeros(outputs))
     return layer

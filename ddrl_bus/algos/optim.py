@@ -6,6 +6,7 @@ rate belongs to one of them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +20,28 @@ SLOTS = {
 """What each optimiser keeps per parameter."""
 
 
-class RMSPropTF(torch.optim.Optimizer):
+class _Light(torch.optim.Optimizer):
+    """torch's optimisers without the wrappers that keep torch.compile out of some methods.
+
+    The first call of such a wrapper imports torch's compiler, a second and a half that a learner would wait before its
+    first update.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class Adam(_Light, torch.optim.Adam):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
+class RMSProp(_Light, torch.optim.RMSprop):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.RMSprop.step))
+
+
+class RMSPropTF(_Light):
     """θ ← θ - lr · g / √(s + ε),  s ← α s + (1 - α) g²,  s₀ = 1: RMSProp of A3C and TensorFlow, ε inside the root.
 
     Source: Mnih et al. 2016 (arXiv 1602.01783), eqs. 8, 9 (there s₀ = 0); s₀ = 1 as TensorFlow and stable-baselines3.
@@ -49,9 +71,9 @@ def make(
     """`adam` (betas .9, .999), `rmsprop_tf` or `rmsprop` (torch's: ε outside the root, s₀ = 0)."""
     match name:
         case "adam":
-            return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, **options)
+            return Adam(params, lr=lr, eps=eps, fused=True, **options)
         case "rmsprop_tf":
             return RMSPropTF(params, lr=lr, alpha=alpha, eps=eps, **options)
         case "rmsprop":
-            return torch.optim.RMSprop(params, lr=lr, alpha=alpha, eps=eps, **options)
+            return RMSProp(params, lr=lr, alpha=alpha, eps=eps, **options)
     raise ValueError(name)

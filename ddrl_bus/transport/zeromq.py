@@ -25,6 +25,12 @@ from ddrl_bus.transport.wire import MAX_FRAME, SMALL_FRAME, Buffer
 
 COPY_BELOW: Final = 64 << 10
 """Bytes under which a copying send is faster than a zero-copy one."""
+CORK_BELOW: Final = 4 << 10
+CORK_FRAMES: Final = 16
+"""A PUSH hands frames smaller than the first to libzmq so many at a time, or as soon as the event loop turns: each
+hand-over may have to wake libzmq's thread, which costs more than the frame."""
+_NOBLOCK: Final = int(zmq.NOBLOCK)  # plain integers: combining pyzmq's flags takes a microsecond
+_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 DRAIN_MESSAGES: Final = 256
 DRAIN_BYTES: Final = 1 << 20
 """Both bound one turn of the pump; more bytes at once would only make libzmq fault in memory for the next ones."""
@@ -102,7 +108,9 @@ class ZmqSocket:
         for option, value in (OPTIONS | KIND_OPTIONS.get(kind, {})).items():
             self.raw.setsockopt(option, value)
         self._on_message = on_message
-        self._when_writable: list[Callable[[], None]] = []
+        self._when_writable: list[Callable[[], object]] = []
+        self._corks = kind is SocketKind.PUSH
+        self._cork: list[Buffer] = []
         self._pump_due = False
         self._locks: list[int] = []
         self._loop = asyncio.get_running_loop()
@@ -124,11 +132,34 @@ class ZmqSocket:
             raise UsageError(f"cannot bind {address}: {error}") from None
 
     def send(self, *parts: Buffer) -> bool:
+        if self._corks and len(parts) == 1 and len(parts[0]) < CORK_BELOW:
+            return self._send_corked(parts[0])
+        return self._uncork() and self._send_now(parts)
+
+    def _send_corked(self, frame: Buffer) -> bool:
+        if len(self._cork) >= CORK_FRAMES and not self._uncork():
+            return False
+        if not self._cork:
+            self._pump_soon()
+        self._cork.append(frame)
+        return True
+
+    def _uncork(self) -> bool:
+        """Hand over what is held back; False if there is no room for all of it."""
+        for done, frame in enumerate(self._cork):
+            if not self._send_now((frame,)):
+                del self._cork[:done]
+                self.when_writable(self._uncork)
+                return False
+        self._cork.clear()
+        return True
+
+    def _send_now(self, parts: Sequence[Buffer]) -> bool:
         raw, last = self.raw, parts[-1]
         try:
             for part in parts[:-1]:
-                raw.send(part, zmq.NOBLOCK | zmq.SNDMORE)
-            raw.send(last, zmq.NOBLOCK, copy=len(last) < COPY_BELOW)
+                raw.send(part, _MORE)
+            raw.send(last, _NOBLOCK, copy=len(last) < COPY_BELOW)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -139,7 +170,7 @@ class ZmqSocket:
             self._pump_soon()
         return True
 
-    def when_writable(self, callback: Callable[[], None]) -> None:
+    def when_writable(self, callback: Callable[[], object]) -> None:
         self._when_writable.append(callback)
         self._pump_soon()
 
@@ -153,6 +184,7 @@ class ZmqSocket:
         if self.raw.closed:
             return
         self._loop.remove_reader(self._fd)
+        self._uncork()
         self.raw.close()
         for lock in self._locks:
             os.close(lock)
@@ -164,6 +196,8 @@ class ZmqSocket:
 
     def _pump(self) -> None:
         self._pump_due = False
+        if self._cork and not self.raw.closed:
+            self._uncork()
         if self._on_message is not None:
             self._drain(self._on_message)
         if self._when_writable and not self.raw.closed and int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
@@ -177,12 +211,12 @@ class ZmqSocket:
             if self.raw.closed:  # also by what a message made its receiver do
                 return
             try:
-                frame = recv(zmq.NOBLOCK, copy=False)
+                frame = recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 return
             parts = [_body(frame)]
             while frame.more:
-                frame = recv(zmq.NOBLOCK, copy=False)
+                frame = recv(_NOBLOCK, copy=False)
                 parts.append(_body(frame))
             on_message(parts)
             budget -= len(parts[-1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -323,3 +325,33 @@ def test_every_setting_says_what_it_is() -> None:
         if isinstance(here, ast.AnnAssign):
             assert isinstance(after, ast.Expr), ast.unparse(here)
             assert isinstance(after.value, ast.Constant)
+
+
+def test_a_first_update_does_not_import_torchs_compiler() -> None:
+    """It takes longer than torch itself, and a learner would wait for it before its first gradient."""
+    code = """
+import sys
+import numpy as np
+from ddrl_bus.algos import Batch, Spaces, algorithm
+
+rule = algorithm("impala")
+learner = rule(rule.Config(unroll=1, batch=1), Spaces((2,), "float32", "discrete", 2), seed=0)
+row = np.zeros((1, 1), np.float32)
+learner.step(
+    Batch(
+        obs=np.zeros((2, 1, 2), np.float32),
+        action=row.astype(np.int64),
+        reward=row,
+        terminated=row > 0,
+        truncated=row > 0,
+        record={"logits": np.zeros((1, 1, 2), np.float32)},
+        version=row.astype(np.int64),
+        final_obs=np.zeros((0, 2), np.float32),
+        final_index=np.zeros(0, np.int64),
+    )
+)
+learner.load_state(learner.state())
+assert learner.updates == 1
+assert not {"torch._dynamo", "sympy"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
