@@ -77,8 +77,8 @@ class Actor(Node):
         await self.trajectories.flush(self.plan.grace / 2)  # the rest is for the goodbye
 
     def _ahead(self) -> int:
-        """Unrolls in the making: a second one hides the switch between loop and thread, if it will find credit."""
-        return 2 if self.trajectories.credit > 1 and not self.lockstep else 1
+        """Unrolls in the making: while there is credit, a second one hides the switch between loop and thread."""
+        return 2 if self.trajectories.credit and not self.lockstep else 1
 
     async def _fresh_weights(self) -> bool:
         """Wait for weights newer than the last ones taken; False if the node drains first."""

@@ -156,7 +156,7 @@ class Arena:
     @classmethod
     def of(cls, kind: str, arrays: Mapping[str, Array]) -> Arena:
         """An arena holding copies of `arrays`: for messages that are small, or that must be a snapshot."""
-        arena = cls(Layout(kind, {name: (array.dtype.name, array.shape) for name, array in arrays.items()}))
+        arena = cls(_layout(kind, tuple((name, (array.dtype.name, array.shape)) for name, array in arrays.items())))
         for name, array in arrays.items():
             arena.arrays[name][...] = array
         return arena
@@ -210,6 +210,11 @@ class Arena:
         self._allocate(room)
         for name, array in rows.items():
             self.arrays[name][...] = array
+
+
+@lru_cache(maxsize=256)
+def _layout(kind: str, specs: tuple[tuple[str, Spec], ...]) -> Layout:
+    return Layout(kind, dict(specs))
 
 
 def _packed_specs(placed: Sequence[_Placed]) -> bytes:
