@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ddrl_bus.errors import EnvError, RemoteError, SecurityError, UnreachableError, UsageError
+from ddrl_bus.errors import EnvError, FencedError, RemoteError, SecurityError, UnreachableError, UsageError
 from ddrl_bus.launch import closing, logs, remote, run_dir
 from ddrl_bus.launch.display import Display
 from ddrl_bus.launch.node import INTERNAL
@@ -35,7 +35,7 @@ from ddrl_bus.topology import NodePlan, Plan
 RESTARTS: Final = 3
 WITHIN_S: Final = 60.0
 FIRST_DELAY_S: Final = 0.5
-NOT_RETRIED: Final = frozenset({UsageError.exit_code, EnvError.exit_code, SecurityError.exit_code})
+NOT_RETRIED: Final = frozenset(e.exit_code for e in (UsageError, EnvError, FencedError, SecurityError))
 TERM_S: Final = 3.0
 STATUS_S: Final = 1.0
 START_ORDER: Final = ("learner", "controller", "actor", "evaluator")  # the slowest to start first

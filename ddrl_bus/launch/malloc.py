@@ -1,7 +1,7 @@
 """Keep freed memory in the process.
 
-Large frames come and go a hundred times a second. glibc gives each one back to the kernel and faults it in again page by
-page, which takes longer than copying it. Linux with glibc only; elsewhere this does nothing.
+Large frames come and go a hundred times a second. glibc gives each one back to the kernel and faults it in again page
+by page, which takes longer than copying it. Linux with glibc only; elsewhere this does nothing.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from harness import WAIT_S, Net, number_of, numbered, until
 
 from ddrl_bus.errors import UnreachableError
 from ddrl_bus.transport import wire
-from ddrl_bus.transport.links import queue
 from ddrl_bus.transport.base import back_channel
+from ddrl_bus.transport.links import queue
 from ddrl_bus.transport.sessions.latest import CHUNK, digest
 from ddrl_bus.transport.wire import MAX_FRAME
 
