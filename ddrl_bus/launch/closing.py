@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ddrl_bus.launch.run_dir import read_json, write
+from ddrl_bus.metrics import COMMUNICATION, WAITS, WORK
 from ddrl_bus.transport import ledger
 
 RESULT: Final = "result.json"
 CLOSING: Final = "closing.json"
-_FROM_RESULT: Final = ("return", "env_steps", "updates", "steps_per_s", "first_update_s", "overhead")
+_FROM_RESULT: Final = ("return", "env_steps", "updates", "steps_per_s", "first_update_s", "overhead", "shares")
 
 
 def close(run_dir: Path, *, seed: int, started: float, restarts: int, reason: str | None = None) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def as_text(closing: Mapping[str, Any]) -> str:
     ]
     if shares := {node: share for node, share in (closing["overhead"] or {}).items() if share is not None}:
         lines.append("communication overhead: " + ", ".join(f"{node} {share:.1%}" for node, share in shares.items()))
+    for node, parts in sorted((closing.get("shares") or {}).items()):
+        lines += [f"  {node}: {_split(parts)}"] if parts else []
     for name, link in closing["ledger"]["links"].items():
         state = "closed" if link["closed"] else "DOES NOT CLOSE"
         counts = ", ".join(
@@ -76,6 +79,17 @@ def as_text(closing: Mapping[str, Any]) -> str:
     if closing["restarts"]:
         lines.append(f"restarts: {closing['restarts']}")
     return "\n".join([*lines, f"everything is in {closing['run_dir']}"])
+
+
+def _split(parts: Mapping[str, float]) -> str:
+    """Where a node's busy time went, communication first, and apart from it the waits for its peers."""
+
+    def named(names: Sequence[str]) -> str:
+        return ", ".join(f"{name} {parts[name]:.1%}" for name in names if parts.get(name))
+
+    waits = named(WAITS)
+    texts = (named(COMMUNICATION), named(WORK), f"waiting for peers: {waits}" if waits else "")
+    return "; ".join(text for text in texts if text)
 
 
 def _number(value: float | None, digits: int = 0) -> str:

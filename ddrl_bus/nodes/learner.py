@@ -79,7 +79,8 @@ class Learner(Node):
 
     async def run(self) -> None:
         self.free: asyncio.Queue[Slot] = asyncio.Queue()
-        self.ready: asyncio.Queue[Slot] = asyncio.Queue()
+        self.ready: deque[Slot] = deque()
+        self.batch_ready = asyncio.Event()
         for slot in self.batches.free:
             self.free.put_nowait(slot)
         self._publish(await self.compute(self._snapshot))
@@ -109,7 +110,8 @@ class Learner(Node):
                     with self.clocks["unpack"]:
                         start = self.batches.copy(slot, message, version, start)
                     if slot.full:
-                        self.ready.put_nowait(slot)
+                        self.ready.append(slot)
+                        self.batch_ready.set()
                         slot = await self.free.get()
 
     async def _next_unrolls(self) -> list[tuple[Message, int]]:
@@ -151,7 +153,7 @@ class Learner(Node):
                 if assembling.done():
                     assembling.result()
                 while not self.draining.is_set() and self._may_train(len(training)):
-                    training.append(self.submit(self._update, self.ready.get_nowait()))
+                    training.append(self.submit(self._update, self.ready.popleft()))
                 if training:
                     self._updated(await training.popleft())
                 else:
@@ -165,11 +167,12 @@ class Learner(Node):
         rows = self.plan.algo.batch * self.plan.algo.unroll
         if self.control.phase != "run" or (steps is not None and self.algo.env_steps + ahead * rows >= steps):
             return False
-        return ahead < 2 and not self.ready.empty()
+        return ahead < 2 and bool(self.ready)
 
     async def _attend(self) -> None:
         """Nothing is being trained: see to the controller's wishes, or wait for a batch."""
         self.control_changed.clear()
+        self.batch_ready.clear()
         if self.control.confirm > self.confirmed:
             self.confirmed = self.control.confirm
             self._publish(await self.compute(self._snapshot), self.confirmed)
@@ -179,12 +182,9 @@ class Learner(Node):
         if self.done is not None or self.control.phase != "run":
             await self.until(self.control_changed.wait(), self.draining)
             return
-        with self.clocks["queue_wait"]:
-            await self.until(self._batch_ready(), self.draining, self.control_changed)
-
-    async def _batch_ready(self) -> None:
-        slot = await self.ready.get()
-        self.ready.put_nowait(slot)
+        if not self.ready:
+            with self.clocks["queue_wait"]:
+                await self.until(self.batch_ready.wait(), self.draining, self.control_changed)
 
     def _updated(self, updated: Updated) -> None:
         slot, arena = updated

@@ -55,6 +55,7 @@ def test_books_that_do_not_close(run_dir: Path) -> None:
 def test_closing_object_of_a_finished_run(run_dir: Path) -> None:
     result = {"reason": "reward", "return": 480.0, "env_steps": 200_000, "updates": 150, "steps_per_s": 6e4}
     result |= {"first_update_s": 3.5, "overhead": {"actor-0": 0.04, "learner-0": None}}
+    result |= {"shares": {"actor-0": {"env": 0.96, "pack": 0.04, "send_wait": 0.1, "overhead": 0.04}}}
     (run_dir / "result.json").write_text(json.dumps(result))
     page(run_dir, "actor-0@01", produced=3)
     page(run_dir, "learner-0@01", accepted=2, taken=2)
@@ -67,6 +68,7 @@ def test_closing_object_of_a_finished_run(run_dir: Path) -> None:
     text = closing.as_text(closed)
     assert "reward: return 480.0 after 200,000 env steps and 150 updates" in text
     assert "communication overhead: actor-0 4.0%\n" in text
+    assert "  actor-0: pack 4.0%; env 96.0%; waiting for peers: send_wait 10.0%\n" in text
     assert "ledger of trajectories: closed; produced 3, accepted 2, lost 1, taken 2\n" in text
     assert "restarts: 1\n" in text
 
