@@ -70,7 +70,9 @@ def resumed_run(run: str, overrides: Sequence[str] = (), *, in_process: bool = F
     plan = load_lock(folder, overrides=overrides, in_process=in_process)
     if len(_hosts(plan)) > 1:
         raise UsageError(f"{folder} ran on several hosts; go on with `ddrl-node --run-dir` on each of them")
-    return _run(plan, run_dir.create(plan, path=folder, command=sys.argv, started=started), started)
+    with run_dir.held(folder, _hosts(plan)[0]):  # of a run that goes on, nothing may be written over
+        run_dir.create(plan, path=folder, command=sys.argv, started=started)
+    return _run(plan, folder, started)
 
 
 def _run(plan: Plan, folder: Path, started: float) -> Ended:
