@@ -81,6 +81,7 @@ class Learner(Node):
         self.free: asyncio.Queue[Slot] = asyncio.Queue()
         self.ready: deque[Slot] = deque()
         self.batch_ready = asyncio.Event()
+        self.training: deque[asyncio.Future[Updated]] = deque()
         for slot in self.batches.free:
             self.free.put_nowait(slot)
         self._publish(await self.compute(self._snapshot))
@@ -112,6 +113,7 @@ class Learner(Node):
                     if slot.full:
                         self.ready.append(slot)
                         self.batch_ready.set()
+                        self._train_ahead()
                         slot = await self.free.get()
 
     async def _next_unrolls(self) -> list[tuple[Message, int]]:
@@ -147,27 +149,30 @@ class Learner(Node):
     # ---- training
 
     async def _train_until_drained(self, assembling: asyncio.Task[None]) -> None:
-        training: deque[asyncio.Future[Updated]] = deque()
         try:
-            while training or not self.draining.is_set():
+            while self.training or not self.draining.is_set():
                 if assembling.done():
                     assembling.result()
-                while not self.draining.is_set() and self._may_train(len(training)):
-                    training.append(self.submit(self._update, self.ready.popleft()))
-                if training:
-                    self._updated(await training.popleft())
+                self._train_ahead()
+                if self.training:
+                    self._updated(await self.training[0])
                 else:
                     await self._attend()
         finally:
-            await asyncio.gather(*training, return_exceptions=True)  # the first failure is the one to show
+            await asyncio.gather(*self.training, return_exceptions=True)  # the first failure is the one to show
 
-    def _may_train(self, ahead: int) -> bool:
-        """Whether to hand the thread another batch: a second one hides the switch between loop and thread."""
-        steps = self.plan.stop.steps
-        rows = self.plan.algo.batch * self.plan.algo.unroll
-        if self.control.phase != "run" or (steps is not None and self.algo.env_steps + ahead * rows >= steps):
+    def _train_ahead(self) -> None:
+        """Hand ready batches to the thread, two at most: the second hides the switch between loop and thread."""
+        while self.ready and len(self.training) < 2 and self._may_train():
+            self.training.append(self.submit(self._update, self.ready.popleft()))
+
+    def _may_train(self) -> bool:
+        """Whether one more update, after those under way, is wanted."""
+        if self.draining.is_set() or self.control.phase != "run":
             return False
-        return ahead < 2 and bool(self.ready)
+        rows = self.plan.algo.batch * self.plan.algo.unroll
+        steps = self.plan.stop.steps
+        return steps is None or self.algo.env_steps + len(self.training) * rows < steps
 
     async def _attend(self) -> None:
         """Nothing is being trained: see to the controller's wishes, or wait for a batch."""
@@ -187,6 +192,7 @@ class Learner(Node):
                 await self.until(self.batch_ready.wait(), self.draining, self.control_changed)
 
     def _updated(self, updated: Updated) -> None:
+        self.training.popleft()
         slot, arena = updated
         self.trained.add(slot.messages)
         slot.clear()
