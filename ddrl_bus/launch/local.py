@@ -36,9 +36,10 @@ RESTARTS: Final = 3
 WITHIN_S: Final = 60.0
 FIRST_DELAY_S: Final = 0.5
 NOT_RETRIED: Final = frozenset(e.exit_code for e in (UsageError, EnvError, FencedError, SecurityError))
+STAGGER_S: Final = 0.4  # between kinds: all at once they would slow down the one that everybody waits for
 TERM_S: Final = 3.0
 STATUS_S: Final = 1.0
-START_ORDER: Final = ("learner", "controller", "actor", "evaluator")  # the slowest to start first
+START_ORDER: Final = ("learner", "actor", "controller", "evaluator")  # the slowest to start first
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TAIL_BYTES: Final = 8192
 
@@ -103,6 +104,8 @@ class Supervisor:
     async def _keep(self, node: NodePlan) -> None:
         """Life after life of one node, until the run ends."""
         crashes: deque[Failure] = deque()
+        if await self._ends_within(STAGGER_S * _rank(node.kind)):
+            return
         while True:
             failure = await self._live(node)
             if self._ending.is_set():
