@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddrl_bus.algos import Algorithm, Batch, Policy, algorithm, make_policy
-from ddrl_bus.envs import EnvConfig, VectorEnv
+from ddrl_bus.envs import EnvConfig, VectorEnv, describe
+from ddrl_bus.nodes.evaluator import play
 
 R = TypeVar("R")
 ACTOR, EVALUATOR = 1, 2  # roles in SeedSequence([run seed, role, index, restart])
@@ -112,20 +113,10 @@ def evaluate(
     episodes: int,
     seed: int,
 ) -> list[float]:
-    """Returns of `episodes` greedy episodes, the first of each of as many environments (no bias to short ones)."""
-    vector = VectorEnv(env, episodes, np.random.SeedSequence([seed, EVALUATOR, 0, 0]))
-    policy = make_policy(algo, config, vector.spaces, seed)
+    """Returns of `episodes` greedy episodes, played as an evaluator plays them."""
+    policy = make_policy(algo, config, describe(env), seed)
     policy.load(weights)
-    obs, state = vector.reset(), policy.initial_state(episodes)
-    returns: dict[int, float] = {}
-    while len(returns) < episodes:
-        acted = policy.act(obs, state, greedy=True)
-        step = vector.step(acted.action)
-        obs, state = step.obs, acted.state
-        for index, (score, _) in zip(step.final_index.tolist(), step.episodes, strict=True):
-            returns.setdefault(index, score)
-    vector.close()
-    return list(returns.values())
+    return play(policy, env, episodes, np.random.SeedSequence([seed, EVALUATOR, 0, 0]))
 
 
 class _Clock:

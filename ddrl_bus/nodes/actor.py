@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 from ddrl_bus.algos.acting import State, make_policy
 from ddrl_bus.envs import VectorEnv
 from ddrl_bus.errors import EnvError
-from ddrl_bus.experience import RECORD, Unroll, UnrollSchema
+from ddrl_bus.experience import RECORD, Unroll
 from ddrl_bus.messages import Trajectory, Weights, fields_of, parse
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import Node
@@ -39,14 +39,7 @@ class Actor(Node):
         options: Any = self.node.options
         self.weights = self.open_subscriber("weights")
         self.trajectories = self.open_sender("trajectories")
-        config, spaces = self.plan.algo, self.spaces
-        self.policy = make_policy(self.algorithm, config, spaces, self.seeds(stream=1))
-        self.schema = UnrollSchema(
-            (spaces.obs_dtype, spaces.obs_shape),
-            (spaces.action_dtype, spaces.action_shape),
-            self.algorithm.record(config, spaces),
-            config.unroll,
-        )
+        self.policy = make_policy(self.algorithm, self.plan.algo, self.spaces, self.seeds(stream=1))
         self.envs: int = options.envs
         self.layout = self.schema.layout(self.envs)
         self.env_steps = self.ledger.counter("env_steps")

@@ -29,6 +29,7 @@ from ddrl_bus import __version__, algos, envs
 from ddrl_bus.algos.base import Algorithm
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
+from ddrl_bus.experience import UnrollSchema
 from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, fields_of, parse
 from ddrl_bus.metrics import shares
 from ddrl_bus.topology.plan import NodePlan, Plan, Port
@@ -129,6 +130,17 @@ class Node(ABC):
     @cached_property
     def spaces(self) -> Spaces:
         return envs.describe(self.env)
+
+    @cached_property
+    def schema(self) -> UnrollSchema:
+        """The arrays of an unroll, the same at the actor that writes it and the learner that checks it."""
+        spaces, config = self.spaces, self.plan.algo
+        return UnrollSchema(
+            (spaces.obs_dtype, spaces.obs_shape),
+            (spaces.action_dtype, spaces.action_shape),
+            self.algorithm.record(config, spaces),
+            config.unroll,
+        )
 
     def seeds(self, restart: int = 0, stream: int = 0) -> np.random.SeedSequence:
         """Seeds of this node: `SeedSequence([run, role, index, restart, stream])`."""

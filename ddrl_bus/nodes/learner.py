@@ -20,7 +20,7 @@ from ddrl_bus import checkpoint
 from ddrl_bus.algos.base import Batch
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.errors import WireError
-from ddrl_bus.experience import BatchSlots, Slot, UnrollSchema, record_of
+from ddrl_bus.experience import BatchSlots, Slot, record_of
 from ddrl_bus.messages import Trajectory, Weights, fields_of, parse
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import Node
@@ -35,16 +35,9 @@ class Learner(Node):
 
     async def start(self) -> None:
         options: Any = self.node.options
-        config, spaces = self.plan.algo, self.spaces
         self.trajectories = self.open_receiver("trajectories")
         self.weights = self.open_publisher("weights")
         self.publish_every: int = options.publish_every
-        self.schema = UnrollSchema(
-            (spaces.obs_dtype, spaces.obs_shape),
-            (spaces.action_dtype, spaces.action_shape),
-            self.algorithm.record(config, spaces),
-            config.unroll,
-        )
         self.trajectories.check = self._check
         link = self.ports["trajectories"].link
         self.max_lag = link.max_lag

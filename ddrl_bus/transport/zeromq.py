@@ -108,7 +108,7 @@ class ZmqSocket:
         for option, value in (OPTIONS | KIND_OPTIONS.get(kind, {})).items():
             self.raw.setsockopt(option, value)
         self._on_message = on_message
-        self._when_writable: list[Callable[[], object]] = []
+        self._when_writable: list[Callable[[], None]] = []
         self._corks = kind is SocketKind.PUSH
         self._cork: list[Buffer] = []
         self._pump_due = False
@@ -145,11 +145,10 @@ class ZmqSocket:
         return True
 
     def _uncork(self) -> bool:
-        """Hand over what is held back; False if there is no room for all of it."""
+        """Hand over what is held back; False if there is no room for all of it, and the pump will try again."""
         for done, frame in enumerate(self._cork):
             if not self._send_now((frame,)):
                 del self._cork[:done]
-                self.when_writable(self._uncork)
                 return False
         self._cork.clear()
         return True
@@ -170,7 +169,7 @@ class ZmqSocket:
             self._pump_soon()
         return True
 
-    def when_writable(self, callback: Callable[[], object]) -> None:
+    def when_writable(self, callback: Callable[[], None]) -> None:
         self._when_writable.append(callback)
         self._pump_soon()
 

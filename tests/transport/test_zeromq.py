@@ -392,3 +392,17 @@ async def test_both_addresses_of_a_binder_work(net: Net) -> None:
         sender = net.bus(f"actor-{i}").sender("data", {"learner": address})
         await sender.send(numbered(i, SMALL), {"i": i})
         assert await take(receiver, 1) == [i]
+
+
+async def test_held_back_frames_wait_for_room_without_spinning(backend: ZmqBackend, tmp_path: Path) -> None:
+    """Nobody takes them: the pump must sleep on the descriptor, and send them when somebody does."""
+    push = backend.socket(SocketKind.PUSH, None, connect=[f"ipc://{tmp_path}/x"])
+    n = 0
+    while push.send(b"x"):
+        n += 1
+    began = time.process_time()
+    await asyncio.sleep(0.3)
+    assert time.process_time() - began < 0.1
+    got: list[list[Buffer]] = []
+    backend.socket(SocketKind.PULL, got.append, bind=[f"ipc://{tmp_path}/x"])
+    await until(lambda: len(got) == n)

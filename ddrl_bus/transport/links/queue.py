@@ -60,7 +60,6 @@ class Sender(End):
     ) -> None:
         super().__init__(host, link)
         self._core: QueueSender[_Draft] = QueueSender(self._node, self._epoch, on_loss)
-        self._keeps = on_loss == "resend"
         self._redo: deque[_Draft] = deque()
         self._bytes = self._counter("bytes_out")
         self._encode_ns, self._wait_ns = self._counter("encode_ns"), self._counter("send_wait_ns")
@@ -106,7 +105,8 @@ class Sender(End):
             produced.add(-1)
             socket.when_writable(self._signal.notify)
             return False
-        self._core.sent(lane, _Draft(arena, fields, frame) if self._keeps else None, self._loop.time())
+        draft = _Draft(arena, fields, frame) if self._core.on_loss == "resend" else None
+        self._core.sent(lane, draft, self._loop.time())
         self._bytes.add(len(frame))
         return True
 
