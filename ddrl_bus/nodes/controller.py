@@ -206,7 +206,7 @@ class Controller(Node):
         target = self.plan.stop.reward
         if self.reason == "reward" and target is not None and evaluation.mean_return < target:
             self.log.info("return %.1f did not hold: %.1f on fresh seeds; going on", target, evaluation.mean_return)
-            self.last = None
+            self.last, self.reason = None, ""
             self._say("run")
             return
         self._drain(self.reason)
