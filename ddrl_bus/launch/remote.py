@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +43,11 @@ class Controller:
 
 @contextmanager
 def controller(address: str, hub: MemoryHub | None = None) -> Iterator[Controller]:
-    """The controller at `address`. Use it in a running event loop."""
-    bus = Bus(f"people-{os.getpid()}", time.time_ns(), Ledger(), hub)
+    """The controller at `address`. Use it in a running event loop.
+
+    Each has a name of its own: under one name the later of two, say the display and a Ctrl-C, would fence the other.
+    """
+    bus = Bus(f"people-{os.getpid()}-{secrets.token_hex(4)}", 1, Ledger(), hub)
     try:
         yield Controller(bus.client("progress", address))
     finally:
