@@ -9,7 +9,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +204,27 @@ def evaluate(run: str | None, episodes: int, seed: int) -> None:
     click.echo(json.dumps(evaluated(run, episodes, seed)))
 
 
+@ddrl.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="plot.png", help="FILE.png or FILE.svg.")
+@click.option("--x", type=click.Choice(["env_steps", "wall_s"]), default="env_steps", show_default=True)
+@debug
+def plot(runs: Sequence[str], output: Path, x: Any) -> None:
+    """Draw how runs learnt, where their time went, and how old the weights were.
+
+    Here a topology's name, like any folder, stands for all runs below it. Runs of one name are drawn as seeds of one
+    thing. Prints the file's name.
+    """
+    from ddrl_bus.bench import history, plot
+
+    plot.writable(output)
+    histories = [history.read(folder) for folder in history.runs_of(runs)]
+    for note in [note for one in histories for note in one.notes]:
+        click.echo(note, err=True)
+    plot.plot(histories, output, x)
+    click.echo(output)
+
+
 @ddrl.group()
 def bench() -> None:
     """Measure."""
@@ -214,21 +235,35 @@ def bench() -> None:
 @debug
 def links(as_json: bool) -> None:
     """What the link ends cost over the sockets under them."""
-    import dataclasses
-
     from ddrl_bus.bench.links import measure, rows_as_text
 
+    _print_rows(measure(), rows_as_text, as_json)
+
+
+@bench.command()
+@as_json
+@debug
+def requests(as_json: bool) -> None:
+    """What a round trip of the request link costs over the sockets under it."""
+    from ddrl_bus.bench.requests import measure, rows_as_text
+
+    _print_rows(measure(), rows_as_text, as_json)
+
+
+def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(row) for row in measure()]))
+        import dataclasses
+
+        click.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
         return
-    for line in rows_as_text(measure()):
+    for line in as_text(rows):
         click.echo(line)
 
 
 @click.command("ddrl-node", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-t", "--topology", required=True, metavar="TOPO", help="The same file and KEY=VALUEs on every host.")
-@click.option("--name", help="Run this node, in this process.")
+@click.option("--name", help="Run this node or index of a bundle, in this process.")
 @click.option("--host", help="Run all nodes of this host.")
 @as_json
 @run_dir_option
@@ -237,7 +272,7 @@ def links(as_json: bool) -> None:
 def ddrl_node(
     overrides: Sequence[str], topology: str, name: str | None, host: str | None, as_json: bool, run_dir: Path | None
 ) -> None:
-    """Run one node of a topology, or one host's share of it. Hosts start in any order.
+    """Run one node of a topology (of a bundle: one process, as in worker-0), or one host's share. In any order.
 
     A node that somebody restarts (systemd, Kubernetes) needs --run-dir: its lives are counted there.
     """
@@ -248,7 +283,7 @@ def ddrl_node(
         raise UsageError("give either --name NODE or --host HOST")
     plan = start.plan_of(topology, overrides)
     if name is not None:
-        sys.exit(start.one_node(plan, name, path=run_dir, started=started))
+        sys.exit(start.one_process(plan, name, path=run_dir, started=started))
     assert host is not None
     _end(start.host_share(plan, host, [topology, *overrides], path=run_dir, started=started), as_json)
 

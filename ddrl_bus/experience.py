@@ -3,7 +3,8 @@
 Row t of an unroll holds obs_t, the action taken *from* it, and the reward and end flags that action led to; row T of
 `obs` is the bootstrap row. After an end, obs_{t+1} is the first observation of the next episode. The true final
 observations of *truncated* rows follow in `final_obs`, at the rows that `final_index` names as t·N + n; a terminated
-row needs none.
+row needs none. `version` [T] names the weights that chose each row's actions, and `state.*` [N, ...] is what the agents
+carried before row 0.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ddrl_bus.transport.wire import Arena, Array, Layout, Message, Spec
 
 RECORD: Final = "record."
 """Prefix of the arrays that the algorithm's `act` recorded."""
+STATE: Final = "state."
+"""Prefix of the arrays that agents carry from step to step, as they were before row 0."""
 FINAL: Final = ("final_index", "final_obs")
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -32,11 +35,13 @@ class UnrollSchema:
         obs, action: (dtype, shape) of one observation and one action.
         record: what the algorithm records per row.
         unroll: T.
+        state: what an agent carries from step to step.
     """
 
-    def __init__(self, obs: Spec, action: Spec, record: Shapes, unroll: int) -> None:
+    def __init__(self, obs: Spec, action: Spec, record: Shapes, unroll: int, state: Shapes | None = None) -> None:
         self.unroll = unroll
         self.obs = obs
+        self.state: dict[str, Spec] = {STATE + name: spec for name, spec in (state or {}).items()}
         self.rows: dict[str, Spec] = {
             "action": action,
             "reward": ("float32", ()),
@@ -46,15 +51,19 @@ class UnrollSchema:
         }
 
     def specs(self, envs: int) -> dict[str, Spec]:
-        """name → (dtype, shape) of an unroll of `envs` environments, or of a batch of that many columns."""
+        """name → (dtype, shape) of what an unroll of `envs` environments and a batch of as many columns both hold."""
         dtype, shape = self.obs
         return {
             "obs": (dtype, (self.unroll + 1, envs, *shape)),
             **{name: (dtype, (self.unroll, envs, *shape)) for name, (dtype, shape) in self.rows.items()},
+            **{name: (dtype, (envs, *shape)) for name, (dtype, shape) in self.state.items()},
         }
 
+    def unroll_specs(self, envs: int) -> dict[str, Spec]:
+        return {**self.specs(envs), "version": ("int64", (self.unroll,))}
+
     def layout(self, envs: int) -> Layout:
-        return Layout(Trajectory.KIND, self.specs(envs))
+        return Layout(Trajectory.KIND, self.unroll_specs(envs))
 
     def check(self, message: Message) -> str | None:
         """Why a receiver refuses this unroll (`schema`, `non_finite`), or None. Any number of environments will do."""
@@ -63,7 +72,7 @@ class UnrollSchema:
         if obs is None or obs.ndim < 2:
             return "schema"
         envs = obs.shape[1]
-        for name, (dtype, shape) in self.specs(envs).items():
+        for name, (dtype, shape) in self.unroll_specs(envs).items():
             array = arrays.get(name)
             if array is None or array.shape != shape or array.dtype.name != dtype:
                 return "schema"
@@ -113,11 +122,12 @@ Allocate = Callable[[str, tuple[int, ...]], Array]
 
 @dataclass(slots=True)
 class Slot:
-    """A batch being filled: `rows` are [T(+1), B, ...], time-major, one column per environment's unroll."""
+    """A batch being filled: `rows` are [T(+1), B, ...], time-major, one column per environment's unroll; what agents
+    carried before row 0 is among them, [B, ...]."""
 
     rows: dict[str, Array]
     version: Array
-    """[T, B] int64: the learner's updates at the weights that chose the action."""
+    """[T, B] int64: the updates at the weights that chose the action."""
     columns: int = 0
     messages: int = 0
     """Messages whose last column is in here."""
@@ -162,15 +172,18 @@ class BatchSlots:
             for _ in range(slots)
         ]
 
-    def copy(self, slot: Slot, message: Message, version: int, start: int) -> int:
+    def copy(self, slot: Slot, message: Message, start: int) -> int:
         """Copy the unroll's columns from `start` on, as many as fit; returns the first column left over."""
         arrays = message.arrays
         envs = int(arrays["obs"].shape[1])
         stop = min(envs, start + slot.width - slot.columns)
         to = slice(slot.columns, slot.columns + stop - start)
         for name, rows in slot.rows.items():
-            rows[:, to] = arrays[name][:, start:stop]
-        slot.version[:, to] = version
+            if name in self.schema.state:
+                rows[to] = arrays[name][start:stop]
+            else:
+                rows[:, to] = arrays[name][:, start:stop]
+        slot.version[:, to] = arrays["version"][:, None]
         self._copy_final(slot, arrays, envs, start, stop)
         slot.columns += stop - start
         if stop == envs:
@@ -186,6 +199,6 @@ class BatchSlots:
         slot.final.append((t[here] * slot.width + column[here] - start + slot.columns, arrays["final_obs"][here]))
 
 
-def record_of(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded arrays among `rows`, under the algorithm's own names."""
-    return {name.removeprefix(RECORD): array for name, array in rows.items() if name.startswith(RECORD)}
+def under(prefix: str, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays whose names begin with `prefix` (RECORD, STATE), under the algorithm's own names."""
+    return {name.removeprefix(prefix): array for name, array in rows.items() if name.startswith(prefix)}

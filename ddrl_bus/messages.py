@@ -20,14 +20,11 @@ NodeState = Literal["new", "starting", "running", "draining", "stopped", "failed
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One unroll of one actor's vector env; `experience.UnrollSchema` lists its arrays.
-
-    `version` and `learner_epoch` name the weights that chose every action in it.
-    """
+    """One unroll of one vector env; `experience.UnrollSchema` lists its arrays."""
 
     KIND: ClassVar[str] = "trajectory"
-    version: int
     learner_epoch: int
+    """The learner's life whose weights chose the newest action in it; the array `version` has the version of each."""
     returns: list[float]
     """Undiscounted, unclipped returns of the episodes that ended in it."""
     lengths: list[int]
@@ -42,6 +39,62 @@ class Weights:
     updates: int
     confirm: int = 0
     """Non-zero: published for the confirmation of this number, while the learner holds still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """An actor asks an inference node what one group of its environments is to do.
+
+    The arrays are `obs` [n, ...] and what the last actions led to: `reward`, `terminated`, `truncated` [n], and of
+    truncated rows `final_index` [K] and `final_obs` [K, ...]. Without them the environments were just made: what came
+    before is over.
+    """
+
+    KIND: ClassVar[str] = "act"
+    group: int
+    step: int
+    """Counts from 0 in each life of an actor, for each of its groups."""
+    begins: bool = False
+    """The actor assembles unrolls, and one begins here: it needs to know what the agents carry."""
+    returns: list[float] = field(default_factory=list)
+    """Undiscounted, unclipped returns of the episodes that the last actions ended."""
+    lengths: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Actions:
+    """The answer to `Act`: `action` [n, ...]; for an actor that assembles unrolls also `record.*`, and where one begins
+    or this inference node is new to the group, `state.*` before these actions."""
+
+    KIND: ClassVar[str] = "actions"
+    version: int
+    """Updates at the weights that chose them."""
+    learner_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A worker's gradient for the parameter server; the arrays are one per parameter, under its name."""
+
+    KIND: ClassVar[str] = "gradient"
+    number: int
+    """Counted by the worker within its life, from 1: the server applies each once."""
+    version: int
+    """Updates at the parameters that it was computed with."""
+    env_steps: int
+    """Rows that it was computed from."""
+    report: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The parameter server's answer; the arrays are its newest parameters."""
+
+    KIND: ClassVar[str] = "parameters"
+    env_steps: int
+    updates: int
+    verdict: str
+    """What became of the gradient: `applied`, `duplicate` (applied before), `held` (not now), or why it was refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +155,20 @@ STATUS: str = "status"
 STOP: str = "stop"
 """Request to the controller: drain everybody; answers with the control in force."""
 
-M = TypeVar("M", Trajectory, Weights, Progress, Control)
+PULL: str = "pull"
+"""Request to the parameter server: answers with `Parameters`, verdict `pulled`."""
+
+M = TypeVar("M", Trajectory, Weights, Act, Actions, Gradient, Parameters, Progress, Control)
 
 
-_CLASSES: tuple[type[Any], ...] = (Trajectory, Weights, Progress, Control)
+_CLASSES: tuple[type[Any], ...] = (Trajectory, Weights, Act, Actions, Gradient, Parameters, Progress, Control)
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in _CLASSES}
 _NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Evaluation)}
 
 
-def fields_of(message: Trajectory | Weights | Progress | Control) -> dict[str, Any]:
+def fields_of(
+    message: Trajectory | Weights | Act | Actions | Gradient | Parameters | Progress | Control,
+) -> dict[str, Any]:
     """The map of scalars that travels for `message`."""
     values = {name: getattr(message, name) for name in _NAMES[type(message)]}
     if isinstance(message, Progress) and message.evaluation is not None:

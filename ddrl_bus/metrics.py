@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +21,9 @@ WORK: Final = ("env", "forward", "record", "learn", "evaluate")
 COMMUNICATION: Final = ("pack", "send", "unpack", "handoff")
 """What the bus adds: encoding, handing over, decoding and loading, and the rest of the time in which the node's thread
 stood idle without waiting for a peer (`idle` in the ledger, less the waits)."""
-WAITS: Final = ("send_wait", "queue_wait", "weights_wait")
-"""Waiting because a peer is the bottleneck: no credit left, no batch full yet, no newer weights yet."""
+WAITS: Final = ("send_wait", "queue_wait", "weights_wait", "act_wait", "requests_wait")
+"""Waiting because a peer is the bottleneck: no credit left, no batch full yet, no newer weights yet, no actions yet, no
+requests to answer."""
 
 
 class Clock:
@@ -44,6 +45,26 @@ class Clock:
 def clock(ledger: Ledger, what: str) -> AbstractContextManager[None]:
     """A reusable `with` block that counts under `time/what`."""
     return Clock(ledger.counter("time", what))
+
+
+class SharedClock:
+    """Counts the time in which all of `workers` wait at once, under what the first to go on had waited for."""
+
+    def __init__(self, ledger: Ledger, workers: int) -> None:
+        self._ledger, self._working, self._began = ledger, workers, 0
+
+    @contextmanager
+    def waits(self, what: str) -> Iterator[None]:
+        """One worker waits for this."""
+        self._working -= 1
+        if not self._working:
+            self._began = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            if not self._working:
+                self._ledger.counter("time", what).add(time.perf_counter_ns() - self._began)
+            self._working += 1
 
 
 def shares(counters: Mapping[str, int], before: Mapping[str, int] | None = None) -> dict[str, float]:

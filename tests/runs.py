@@ -153,9 +153,9 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def running(folder: Path, *words: str, name: str = "ddrl") -> Iterator[Run]:
-    """`ddrl run quickstart WORDS` in `folder`, which may hold an earlier run."""
-    words = words if name != "ddrl" or "--resume" in words else ("quickstart", "--run-dir", str(folder), *SMALL, *words)
+def running(folder: Path, *words: str, name: str = "ddrl", topology: str = "quickstart") -> Iterator[Run]:
+    """`ddrl run TOPOLOGY WORDS` in `folder`, which may hold an earlier run."""
+    words = words if name != "ddrl" or "--resume" in words else (topology, "--run-dir", str(folder), *SMALL, *words)
     run = Run(folder, command(*(("run",) if name == "ddrl" else ()), "--json", *words, name=name))
     try:
         yield run

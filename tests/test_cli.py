@@ -59,7 +59,7 @@ def test_help_is_quick() -> None:
     assert min(seconds() for _ in range(5)) < 0.15
 
 
-@pytest.mark.parametrize("name", ["run", "check", "show", "schema", "status", "stop", "logs", "eval", "bench"])
+@pytest.mark.parametrize("name", ["run", "check", "show", "schema", "status", "stop", "logs", "eval", "plot", "bench"])
 def test_every_command_has_help(name: str) -> None:
     result = ddrl(name, "--help")
 

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddrl_bus.experience import BatchSlots, Slot, Unroll, UnrollSchema, record_of
+from ddrl_bus.experience import RECORD, STATE, BatchSlots, Slot, Unroll, UnrollSchema, under
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.wire import Array, Message
 
 T = 3
-SCHEMA = UnrollSchema(("float32", (2,)), ("int64", ()), {"logits": ("float32", (4,))}, T)
+SCHEMA = UnrollSchema(
+    ("float32", (2,)), ("int64", ()), {"policy": ("float32", (4,))}, T, {"h": ("float32", (3,)), "last": ("int64", ())}
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ def played(envs: int, seed: int = 0, truncated: Sequence[tuple[int, int]] = (), 
     rows["obs"][...] = rng.normal(size=rows["obs"].shape)
     rows["action"][...] = rng.integers(0, 4, rows["action"].shape)
     rows["reward"][...] = rng.normal(size=rows["reward"].shape)
-    rows["record.logits"][...] = rng.normal(size=rows["record.logits"].shape)
+    rows["record.policy"][...] = rng.normal(size=rows["record.policy"].shape)
+    rows["version"][...] = version + np.arange(T)
+    rows["state.h"][...] = rng.normal(size=rows["state.h"].shape)
+    rows["state.last"][...] = np.arange(envs)
     rows["terminated"][...] = False
     rows["truncated"][...] = False
     for t in range(T):
@@ -66,7 +71,9 @@ def changed(message: Message, **arrays: Array | None) -> Message:
 
 def test_an_unroll_without_truncation_has_no_final_rows() -> None:
     message = played(envs=2).message
-    assert list(message.arrays) == ["obs", "action", "reward", "terminated", "truncated", "record.logits"]
+    assert list(message.arrays) == [
+        *("obs", "action", "reward", "terminated", "truncated", "record.policy", "state.h", "state.last", "version")
+    ]
     assert message.arrays["obs"].shape == (T + 1, 2, 2)
     assert SCHEMA.check(message) is None
 
@@ -86,8 +93,8 @@ def test_rows_are_written_where_they_travel() -> None:
 
 def test_recorded_arrays_by_the_algorithms_names() -> None:
     arrays = played(envs=1).message.arrays
-    assert list(record_of(arrays)) == ["logits"]
-    assert record_of(arrays)["logits"] is arrays["record.logits"]
+    assert list(under(RECORD, arrays)) == ["policy"]
+    assert under(RECORD, arrays)["policy"] is arrays["record.policy"]
 
 
 # ── what a learner refuses ───────────────────────────────────────────────────────────────────────────────────────
@@ -113,7 +120,7 @@ def test_another_dtype_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-@pytest.mark.parametrize("cut", [np.s_[:-1], np.s_[:, :-1], np.s_[:, :, None]], ids=["rows", "envs", "rank"])
+@pytest.mark.parametrize("cut", [np.s_[:-1], np.s_[..., :-1], np.s_[..., None]], ids=["rows", "last", "rank"])
 def test_another_shape_is_refused(name: str, cut: Any) -> None:
     assert SCHEMA.check(changed(WHOLE, **{name: ROWS[name][cut]})) == "schema"
 
@@ -147,7 +154,7 @@ def test_final_rows_that_do_not_fit_are_refused(change: dict[str, Array | None])
     assert SCHEMA.check(changed(WHOLE, **change)) == "schema"
 
 
-@pytest.mark.parametrize("name", ["obs", "reward", "record.logits", "final_obs"])
+@pytest.mark.parametrize("name", ["obs", "reward", "record.policy", "final_obs"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_none_are_refused(name: str, value: float) -> None:
     poisoned = WHOLE.arrays[name].copy()
@@ -166,7 +173,7 @@ def fill(messages: Sequence[Played], batch: int) -> list[Slot]:
     for m in messages:
         start = 0
         while start < m.envs:
-            start = slots.copy(slot, m.message, m.version, start)
+            start = slots.copy(slot, m.message, start)
             if slot.full:
                 slot = slots.free.pop()
                 filled.append(slot)
@@ -183,7 +190,9 @@ def twin(messages: Sequence[Played], batch: int) -> list[dict[str, Any]]:
             arrays = m.message.arrays
             for name in (*SCHEMA.rows, "obs"):
                 found.setdefault(name, []).append(arrays[name][:, env])
-            found.setdefault("version", []).append([m.version] * T)
+            for name in SCHEMA.state:
+                found.setdefault(name, []).append(arrays[name][env])
+            found.setdefault("version", []).append([m.version + t for t in range(T)])
             found["messages"] += env == m.envs - 1
             for k, index in enumerate(arrays.get("final_index", [])):
                 if index % m.envs == env:
@@ -195,6 +204,8 @@ def twin(messages: Sequence[Played], batch: int) -> list[dict[str, Any]]:
 def assert_same(slot: Slot, expected: dict[str, Any]) -> None:
     for name in (*SCHEMA.rows, "obs"):
         np.testing.assert_array_equal(slot.rows[name][:, : slot.columns], np.stack(expected[name], axis=1), name)
+    for name in SCHEMA.state:
+        np.testing.assert_array_equal(slot.rows[name][: slot.columns], np.stack(expected[name]), name)
     np.testing.assert_array_equal(slot.version[:, : slot.columns], np.transpose(expected["version"]))
     index, obs = slot.final_rows(SCHEMA.obs)
     assert dict(zip(index.tolist(), obs.tolist(), strict=True)) == expected["finals"]

@@ -38,10 +38,10 @@ LIBRARIES = {
     "metrics": set(),
     "checkpoint": {"numpy", "safetensors"},
     "algos": {"numpy", "torch"},
-    "envs": {"numpy", "gymnasium"},
+    "envs": {"numpy", "gymnasium", "ale_py"},
     "nodes": {"numpy", "torch", "psutil"},
     "launch": {"rich", "uvloop"},
-    "bench": {"numpy", "torch", "zmq", "psutil"},
+    "bench": {"numpy", "torch", "zmq", "psutil", "matplotlib"},
     "cli": {"click", "rich"},
 }
 
@@ -118,6 +118,7 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
         ("from ddrl_bus.cli import ddrl; ddrl(['--help'])", {"torch", "zmq", "numpy", "pydantic", "rich", "asyncio"}),
         ("import ddrl_bus.topology", {"torch", "zmq", "numpy", "gymnasium"}),
         ("import ddrl_bus.algos", {"torch", "gymnasium", "zmq"}),
+        ("import ddrl_bus.envs", {"torch", "zmq", "ale_py", "minatar", "minigrid", "cv2", "pygame", "matplotlib"}),
         ("import ddrl_bus.launch.node, ddrl_bus.launch.catalog, ddrl_bus.nodes.base", {"torch", "rich", "click"}),
     ],
 )

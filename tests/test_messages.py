@@ -25,8 +25,8 @@ PROGRESS = Progress(
     gauges={"credit": 2.0, "version": 7},
 )
 SAID = [
-    Trajectory(version=7, learner_epoch=2**63, returns=[1.5, 500.0], lengths=[2, 500]),
-    Trajectory(version=0, learner_epoch=1, returns=[], lengths=[]),
+    Trajectory(learner_epoch=2**63, returns=[1.5, 500.0], lengths=[2, 500]),
+    Trajectory(learner_epoch=1, returns=[], lengths=[]),
     Weights(env_steps=1_280, updates=1),
     Weights(env_steps=1_280, updates=1, confirm=3),
     PROGRESS,
@@ -54,8 +54,8 @@ def test_another_kind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        (SAID[0], {"version": "seven"}),
-        (SAID[0], {"version": None}),
+        (SAID[0], {"learner_epoch": "seven"}),
+        (SAID[0], {"learner_epoch": None}),
         (SAID[0], {"returns": 3.0}),
         (SAID[0], {"lengths": ["long"]}),
         (SAID[2], {"updates": 1.5}),
@@ -74,7 +74,7 @@ def test_a_field_of_another_type_is_refused(message: Any, change: dict[str, Any]
     assert refused.value.reason == "fields"
 
 
-@pytest.mark.parametrize("name", ["version", "learner_epoch", "returns", "lengths"])
+@pytest.mark.parametrize("name", ["learner_epoch", "returns", "lengths"])
 def test_a_missing_field_is_refused(name: str) -> None:
     fields = fields_of(SAID[0])
     del fields[name]

@@ -8,15 +8,18 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from ddrl_bus.algos import memory
+from ddrl_bus.algos.a2c import A2C
 from ddrl_bus.algos.acting import Acted, Policy, make_policy
+from ddrl_bus.algos.appo import Appo
 from ddrl_bus.algos.base import Algorithm, Batch
 from ddrl_bus.algos.impala import Impala
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import UsageError
 
-__all__ = ["REGISTRY", "Acted", "Algorithm", "Batch", "Policy", "Spaces", "algorithm", "make_policy"]
+__all__ = ["REGISTRY", "Acted", "Algorithm", "Batch", "Policy", "Spaces", "algorithm", "make_policy", "memory"]
 
-REGISTRY: dict[str, type[Algorithm[Any]]] = {cls.name: cls for cls in (Impala,)}
+REGISTRY: dict[str, type[Algorithm[Any]]] = {cls.name: cls for cls in (A2C, Appo, Impala)}
 
 
 def algorithm(name: str) -> type[Algorithm[Any]]:

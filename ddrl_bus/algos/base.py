@@ -8,13 +8,15 @@ unbroken one. Nothing global is set: threads belong to the node, and initialisat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddrl_bus.algos import memory
+from ddrl_bus.algos.config import AgentConfig
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.noise import Noise
 from ddrl_bus.algos.spaces import Spaces
@@ -24,25 +26,8 @@ Array: TypeAlias = Any
 """A numpy array as the learner stacks it, or the torch tensor that `Batch.to` makes of it."""
 
 
-class OptimizerConfig(Protocol):
-    """Fields that every algorithm's Config has; `Algorithm.step` reads them."""
-
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def rms_decay(self) -> float: ...
-    @property
-    def max_grad_norm(self) -> float: ...
-    @property
-    def anneal_steps(self) -> int: ...
-
-
-_REST = {"rng", "counters"}  # of a state, besides net.* and optimizer.*
-ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)
+_REST = {"rng", "counters"}  # of a state, besides networks and optimizer.*
+ConfigT = TypeVar("ConfigT", bound=AgentConfig)
 
 
 @dataclass
@@ -77,13 +62,17 @@ class Batch:
 
     def to(self, device: str | torch.device) -> Batch:
         """The same rows as torch tensors on `device`; numpy arrays are shared, not copied, where that is the CPU."""
+        return self.map(lambda array: torch.as_tensor(array, device=device))
 
-        def tensor(value: Any) -> Any:
+    def map(self, function: Callable[[Array], Array]) -> Batch:
+        """The batch whose arrays are `function` of ours."""
+
+        def mapped(value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: tensor(array) for name, array in value.items()}
-            return torch.as_tensor(value, device=device)
+                return {name: function(array) for name, array in value.items()}
+            return function(value)
 
-        return replace(self, **{f.name: tensor(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
 
 
 class Algorithm(ABC, Generic[ConfigT]):
@@ -107,21 +96,27 @@ class Algorithm(ABC, Generic[ConfigT]):
         self.record(config, spaces)  # refuses spaces that this rule cannot act in
         self.config = config
         self.spaces = spaces
-        self.device = _device(device)
+        self.device = torch_device(device)
         self.updates = 0
         self.env_steps = 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.net = self.network(self.generator).to(self.device)
+        self.net: Any = self.network(config, spaces, self.generator).to(self.device)
         self._params = list(self.net.parameters())
         self.optimizer = optim.make(
-            config.optimizer, self._params, lr=config.lr, eps=config.eps, alpha=config.rms_decay
+            config.optimizer,
+            self._params,
+            lr=config.lr,
+            eps=config.eps,
+            alpha=config.rms_decay,
+            beta1=config.adam_beta1,
         )
 
     # ---- the paper
 
+    @classmethod
     @abstractmethod
-    def network(self, generator: torch.Generator) -> torch.nn.Module:
-        """The network, initialised from `generator` alone."""
+    def network(cls, config: ConfigT, spaces: Spaces, generator: torch.Generator | None) -> Any:
+        """The network (a torch.nn.Module), initialised from `generator` alone; all zeros without one."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -138,33 +133,87 @@ class Algorithm(ABC, Generic[ConfigT]):
     @classmethod
     @abstractmethod
     def act(
-        cls, config: ConfigT, outputs: Mapping[str, NDArray[Any]], noise: Noise, greedy: bool
+        cls, config: ConfigT, spaces: Spaces, outputs: Mapping[str, NDArray[Any]], noise: Noise, greedy: bool
     ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
         """Actions [N] or [N, D] and the record {name: [N, ...]}, from the network's `outputs` {name: [N, ...]}."""
+
+    @classmethod
+    def carried(cls, config: ConfigT, spaces: Spaces) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What the agent carries from step to step: {name: (dtype, shape of one environment's)}."""
+        return memory.spec(config, spaces)
+
+    def passes(self, batch: Batch) -> Iterable[Batch]:
+        """The batches to train on now that `batch` came, one after the other; its memory is used again afterwards."""
+        yield batch
+
+    def networks(self) -> dict[str, Any]:
+        """Everything with parameters, by the prefix of its names in `state`."""
+        return {"net": self.net}
 
     # ---- written once
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One update: gradient of the loss, clipped to a global norm, applied.
+        """One update: for each of its `passes` a gradient, clipped to a global norm, and applied.
 
         Returns {name: mean} for every `report_every`-th update, else {}: reading numbers out of torch takes time, and
         on a GPU it waits for the whole update.
         """
         batch = batch.to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        tensors: dict[str, torch.Tensor] = {}
+        for each in self.passes(batch):
+            tensors = self._backward(each)
+            tensors["grad_norm"] = self._descend()
+        self._count(batch.reward.numel())
+        return {} if (self.updates - 1) % self.report_every else _means(tensors)
+
+    def gradients(self, batch: Batch) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+        """The gradient of the loss, for somebody else to `apply`: ({parameter: array}, report as of `step`).
+
+        Raises: UsageError for a rule that takes several gradients of a batch, which are not one another's.
+        """
+        if type(self).passes is not Algorithm.passes:
+            raise UsageError(f"{self.name} makes several passes over a batch: no single gradient to send away")
+        report = _means(self._backward(batch.to(self.device)))
+        return {name: _numpy(p.grad) for name, p in self.net.named_parameters() if p.grad is not None}, report
+
+    def apply(self, gradients: Mapping[str, NDArray[Any]], env_steps: int) -> float:
+        """One update by a gradient that was computed elsewhere from `env_steps` rows; returns its norm.
+
+        Raises: UsageError if its names or shapes are not those of our parameters; nothing is changed then.
+        """
+        params = dict(self.net.named_parameters())
+        expected = {name: tuple(p.shape) for name, p in params.items()}
+        found = {name: tuple(array.shape) for name, array in gradients.items()}
+        if unknown := {name: shape for name, shape in found.items() if expected.get(name) != shape}:
+            raise UsageError(f"gradients {unknown} do not fit the parameters {expected}")
+        for name, p in params.items():
+            p.grad = torch.tensor(gradients[name], device=self.device) if name in gradients else None
+        norm = self._descend()
+        self._count(env_steps)
+        return float(norm)
+
+    def load(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Takes `weights` as another instance gave them out."""
+        self.net.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+
+    def _backward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Leaves the gradient in the parameters; returns what is worth reporting."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, report = self.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        return {"loss": loss, **report}
+
+    def _descend(self) -> torch.Tensor:
+        """Clips and applies the gradient that the parameters hold; returns its norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
         norm = torch.nn.utils.clip_grad_norm_(self._params, self.config.max_grad_norm)
         self.optimizer.step()
+        return norm
+
+    def _count(self, env_steps: int) -> None:
         self.updates += 1
-        self.env_steps += batch.reward.numel()
-        if (self.updates - 1) % self.report_every:
-            return {}
-        with torch.no_grad():
-            means = [tensor.float().mean() for tensor in (loss, norm, *report.values())]
-        return dict(zip(("loss", "grad_norm", *report), torch.stack(means).tolist(), strict=True))
+        self.env_steps += env_steps
 
     @property
     def learning_rate(self) -> float:
@@ -179,7 +228,11 @@ class Algorithm(ABC, Generic[ConfigT]):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything that the next update depends on: network, optimiser, generator and counters, as a flat mapping."""
-        arrays = {f"net.{name}": _numpy(value) for name, value in self.net.state_dict().items()}
+        arrays = {
+            f"{prefix}.{name}": _numpy(value)
+            for prefix, module in self.networks().items()
+            for name, value in module.state_dict().items()
+        }
         for index, slots in self.optimizer.state_dict()["state"].items():
             arrays |= {f"optimizer.{index}.{name}": _numpy(value) for name, value in slots.items()}
         arrays["rng"] = _numpy(self.generator.get_state())
@@ -193,36 +246,48 @@ class Algorithm(ABC, Generic[ConfigT]):
         """
         from ddrl_bus.algos import optim
 
-        net: dict[str, torch.Tensor] = {}
+        modules: dict[str, dict[str, torch.Tensor]] = {prefix: {} for prefix in self.networks()}
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in state.items():
             kind, _, rest = name.partition(".")
-            if kind == "net":
-                net[rest] = torch.tensor(value)
+            if kind in modules:
+                modules[kind][rest] = torch.tensor(value)
             elif kind == "optimizer":
                 index, _, slot = rest.partition(".")
                 slots.setdefault(int(index), {})[slot] = torch.tensor(value)
-        expected = {name: tuple(value.shape) for name, value in self.net.state_dict().items()}
-        saved = {name: tuple(value.shape) for name, value in net.items()}
+        expected = {prefix: _shapes(module.state_dict()) for prefix, module in self.networks().items()}
+        saved = {prefix: _shapes(tensors) for prefix, tensors in modules.items()}
         names = optim.SLOTS[self.config.optimizer]
         if expected != saved or any(slot.keys() != names for slot in slots.values()) or not state.keys() >= _REST:
             raise RefusedFileError(
                 f"state does not fit algorithm {self.name!r} with these settings: it holds {sorted(state)} with "
                 f"{saved}, expected {expected} and {self.config.optimizer}'s {sorted(names)}"
             )
-        self.net.load_state_dict(net)
+        for prefix, module in self.networks().items():
+            module.load_state_dict(modules[prefix])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.generator.set_state(torch.tensor(state["rng"]))
         self.updates, self.env_steps = (int(n) for n in state["counters"])
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one.  Raises: UsageError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {name!r} asked for, but torch {torch.__version__} finds no CUDA device")
     return torch.device(name)
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _means(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    with torch.no_grad():
+        means = torch.stack([tensor.detach().float().mean() for tensor in tensors.values()])
+    return dict(zip(tensors, means.tolist(), strict=True))
 
 
 def _numpy(value: torch.Tensor) -> NDArray[Any]:

@@ -16,6 +16,10 @@ class Noise:
         self._gumbel = np.empty(0, np.float32)
         self._next = 0
 
+    def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Standard normal numbers, float32."""
+        return self._rng.standard_normal(shape, dtype=np.float32)
+
     def gumbel(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Standard Gumbel numbers, -log E with E ~ Exp(1), float32; read-only by convention."""
         size = 1

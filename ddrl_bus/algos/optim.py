@@ -16,6 +16,7 @@ SLOTS = {
     "adam": {"step", "exp_avg", "exp_avg_sq"},
     "rmsprop_tf": {"square_avg"},
     "rmsprop": {"step", "square_avg"},
+    "sgd": set(),
 }
 """What each optimiser keeps per parameter."""
 
@@ -39,6 +40,12 @@ class Adam(_Light, torch.optim.Adam):
 
 class RMSProp(_Light, torch.optim.RMSprop):
     step = torch.no_grad()(inspect.unwrap(torch.optim.RMSprop.step))
+
+
+class SGD(_Light, torch.optim.SGD):
+    """Plain gradient descent: the order of gradients does not matter."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
 class RMSPropTF(_Light):
@@ -66,14 +73,23 @@ class RMSPropTF(_Light):
 
 
 def make(
-    name: str, params: Iterable[torch.Tensor], *, lr: float, eps: float, alpha: float, **options: Any
+    name: str,
+    params: Iterable[torch.Tensor],
+    *,
+    lr: float,
+    eps: float,
+    alpha: float,
+    beta1: float = 0.9,
+    **options: Any,
 ) -> torch.optim.Optimizer:
-    """`adam` (betas .9, .999), `rmsprop_tf` or `rmsprop` (torch's: ε outside the root, s₀ = 0)."""
+    """`adam` (betas `beta1`, .999), `rmsprop_tf`, `rmsprop` (torch's: ε outside the root, s₀ = 0) or `sgd`."""
     match name:
         case "adam":
-            return Adam(params, lr=lr, eps=eps, fused=True, **options)
+            return Adam(params, lr=lr, eps=eps, betas=(float(beta1), 0.999), fused=True, **options)
         case "rmsprop_tf":
             return RMSPropTF(params, lr=lr, alpha=alpha, eps=eps, **options)
         case "rmsprop":
             return RMSProp(params, lr=lr, alpha=alpha, eps=eps, **options)
+        case "sgd":
+            return SGD(params, lr=lr, **options)
     raise ValueError(name)

@@ -21,6 +21,8 @@ class Spaces:
     """lower bound of each component, continuous only"""
     action_high: tuple[float, ...] | None = None
     """upper bound of each component, continuous only"""
+    stack: int = 1
+    """observations that the agent sees at once, the newest last; each travels once and is stacked at the receiver"""
 
     @property
     def action_shape(self) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """The control of the communication benchmarks: the same training without a bus, in one process.
 
-`run_control` acts, stacks and learns in turn, with the environments, policies and algorithms that the nodes use, so
-what a distributed run adds to it is the cost of communication. With `target` it also says when the greedy policy got
-there; the defaults in algos/impala.py were chosen that way:
+`run_control` acts, stacks and learns in turn, with the environments, policies, algorithms and seeds that the nodes use,
+so what a distributed run adds to it is the cost of communication; in lock-step, the numbers are the very same. With
+`target` it also says when the policy got there; the defaults in algos/ were chosen that way:
 
     python -m ddrl_bus.bench.control --seeds 8 --lag 3 --target 475 lr=1e-3
 """
@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ddrl_bus.algos import Algorithm, Batch, Policy, algorithm, make_policy
+from ddrl_bus.algos import Algorithm, Batch, algorithm, make_policy, memory
+from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.envs import EnvConfig, VectorEnv, describe
+from ddrl_bus.nodes.base import node_seeds
 from ddrl_bus.nodes.evaluator import play
 
 R = TypeVar("R")
-ACTOR, EVALUATOR = 1, 2  # roles in SeedSequence([run seed, role, index, restart])
 
 
 @dataclass
@@ -45,6 +46,69 @@ class Result:
     """the learner's last"""
 
 
+class Training:
+    """Actors and a learner that take turns.
+
+    A batch comes from `config.batch / envs` actors of `envs` columns each. `lag`: they act with weights that are so
+    many updates old, as in a distributed run; with `late_gradients` it is the gradients that are applied so many
+    updates late, as in A3C with `lag + 1` workers, each with actors of its own.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        algo: type[Algorithm[Any]],
+        config: Any,
+        *,
+        envs: int,
+        seed: int,
+        lag: int = 0,
+        late_gradients: bool = False,
+    ) -> None:
+        if config.batch % envs:
+            raise ValueError(f"batch {config.batch} is not a multiple of {envs} environments")
+        self.clock = Clock()
+        count = config.batch // envs
+        self._workers = []
+        for worker in range(lag + 1 if late_gradients else 1):
+            # As a learner that waits for all: columns in the order of the actors' names.
+            indices = sorted(range(worker * count, (worker + 1) * count), key=str)
+            self._workers.append([_Actor(env, algo, config, envs, seed, index, self.clock) for index in indices])
+        self.actors = [actor for actors in self._workers for actor in actors]
+        spaces = self.actors[0].env.spaces
+        self.learner = algo(config, spaces, seed=int(node_seeds(seed, "learner", 0).generate_state(1)[0]))
+        self.batch = _empty_batch(algo, config, spaces)
+        self._lag, self._late = lag, late_gradients
+        self._turn = 0
+        self._gradients: deque[Mapping[str, NDArray[Any]]] = deque()
+        self._versions = deque([self.learner.weights()], maxlen=1 if late_gradients else lag + 1)
+
+    def update(self) -> dict[str, float]:
+        """Plays one batch and trains on it; returns the learner's report."""
+        batch, actors, start = self.batch, self._workers[self._turn % len(self._workers)], 0
+        self._turn += 1
+        finals = []
+        for actor in actors:
+            finals.append(actor.unroll(batch, slice(start, start + actor.env.n), self._versions[0]))
+            start += actor.env.n
+        batch.final_obs = np.concatenate([obs for obs, _ in finals])
+        batch.final_index = np.concatenate([index for _, index in finals])
+        report = self.clock("learn", self._learn_late if self._late else self.learner.step, batch)
+        self._versions.append(self.learner.weights())
+        return report
+
+    def _learn_late(self, batch: Batch) -> dict[str, float]:
+        gradient, report = self.learner.gradients(batch)
+        self._gradients.append(gradient)
+        if len(self._gradients) > self._lag:
+            self.learner.apply(self._gradients.popleft(), batch.reward.size)
+        return report
+
+    def close(self) -> None:
+        for actor in self.actors:
+            actor.env.close()
+
+
 def run_control(
     env: EnvConfig,
     algo: type[Algorithm[Any]],
@@ -54,40 +118,29 @@ def run_control(
     steps: int,
     seed: int,
     lag: int = 0,
+    late_gradients: bool = False,
     target: float | None = None,
     evaluate_every: int = 20_000,
     stable: int = 0,
+    greedy: bool = True,
 ) -> Result:
     """Trains for `steps` env steps, or until `1 + stable` evaluations in a row reached `target`.
 
-    A batch comes from `config.batch / envs` actors of `envs` columns each. `lag`: they act with weights that are so
-    many updates old, as in a distributed run. Evaluations come every `evaluate_every` env steps and are not timed.
+    Evaluations come every `evaluate_every` env steps and are not timed; see `Training` for the rest.
     """
-    if config.batch % envs:
-        raise ValueError(f"batch {config.batch} is not a multiple of {envs} environments")
-    clock, result = _Clock(), Result()
-    actors = []
-    for index in range(config.batch // envs):
-        vector = VectorEnv(env, envs, np.random.SeedSequence([seed, ACTOR, index, 0]))
-        policy = make_policy(algo, config, vector.spaces, np.random.SeedSequence([seed, ACTOR, index, 1]))
-        actors.append(_Actor(vector, policy, slice(index * envs, (index + 1) * envs), clock))
-    spaces = actors[0].env.spaces
-    learner = algo(config, spaces, seed=seed)
-    versions = deque([learner.weights()], maxlen=lag + 1)  # [0] is what actors use
-    batch = _empty_batch(config, spaces, algo.record(config, spaces))
+    training = Training(env, algo, config, envs=envs, seed=seed, lag=lag, late_gradients=late_gradients)
+    learner, result = training.learner, Result()
     next_evaluation, start = 0, time.perf_counter()
-
-    while result.env_steps < steps:
-        final = [actor.unroll(batch, versions[0]) for actor in actors]
-        batch.final_obs = np.concatenate([obs for obs, _ in final])
-        batch.final_index = np.concatenate([index for _, index in final])
-        result.report |= clock("learn", learner.step, batch)
-        versions.append(learner.weights())
+    while learner.env_steps < steps:
+        result.report |= training.update()
         result.updates, result.env_steps = learner.updates, learner.env_steps
         if target is not None and result.env_steps >= next_evaluation:
             next_evaluation += evaluate_every
             paused = time.perf_counter()
-            mean = float(np.mean(evaluate(env, algo, config, versions[-1], episodes=20, seed=seed + result.updates)))
+            returns = evaluate(
+                env, algo, config, learner.weights(), episodes=20, seed=seed + result.updates, greedy=greedy
+            )
+            mean = float(np.mean(returns))
             result.evaluations.append((result.env_steps, round(paused - start, 3), mean))
             start += time.perf_counter() - paused
             if result.solved_at is None and mean >= target:
@@ -97,10 +150,9 @@ def run_control(
 
     result.wall_s = time.perf_counter() - start
     result.steps_per_s = result.env_steps / result.wall_s
-    result.shares = {name: seconds / result.wall_s for name, seconds in clock.seconds.items()}
+    result.shares = {name: seconds / result.wall_s for name, seconds in training.clock.seconds.items()}
     result.shares["other"] = 1.0 - sum(result.shares.values())
-    for actor in actors:
-        actor.env.close()
+    training.close()
     return result
 
 
@@ -112,14 +164,15 @@ def evaluate(
     *,
     episodes: int,
     seed: int,
+    greedy: bool = True,
 ) -> list[float]:
-    """Returns of `episodes` greedy episodes, played as an evaluator plays them."""
-    policy = make_policy(algo, config, describe(env), seed)
+    """Returns of `episodes` episodes, played as an evaluator plays them."""
+    policy = make_policy(algo, config, describe(env), node_seeds(seed, "evaluator", 0, stream=1))
     policy.load(weights)
-    return play(policy, env, episodes, np.random.SeedSequence([seed, EVALUATOR, 0, 0]))
+    return play(policy, env, episodes, node_seeds(seed, "evaluator", 0, stream=2), greedy=greedy)
 
 
-class _Clock:
+class Clock:
     """Seconds spent in functions, under a name each."""
 
     def __init__(self) -> None:
@@ -135,14 +188,22 @@ class _Clock:
 class _Actor:
     """Fills its columns of a batch, T rows at a time."""
 
-    def __init__(self, env: VectorEnv, policy: Policy, columns: slice, clock: _Clock) -> None:
-        self.env, self._policy, self._columns, self._clock = env, policy, columns, clock
-        self._obs, self._state = env.reset(), policy.initial_state(env.n)
+    def __init__(
+        self, env: EnvConfig, algo: type[Algorithm[Any]], config: Any, envs: int, seed: int, index: int, clock: Clock
+    ) -> None:
+        self.env = VectorEnv(env, envs, node_seeds(seed, "actor", index))
+        self._policy = make_policy(algo, config, self.env.spaces, node_seeds(seed, "actor", index, stream=1))
+        self._clock = clock
+        self._obs, self._state = self.env.reset(), self._policy.initial_state(envs)
 
-    def unroll(self, batch: Batch, weights: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def unroll(
+        self, batch: Batch, columns: slice, weights: Mapping[str, NDArray[Any]]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Returns final observations [K, ...] of truncated rows and their index t·B + b [K]."""
         self._policy.load(weights)
-        columns, width = self._columns, batch.reward.shape[1]
+        width = batch.reward.shape[1]
+        for name, array in self._state.items():
+            batch.state[name][columns] = array
         final = [(self._obs[:0], np.zeros(0, np.int64))]
         for t in range(len(batch.reward)):
             acted = self._clock("forward", self._policy.act, self._obs, self._state)
@@ -157,20 +218,26 @@ class _Actor:
             if len(step.final_index):
                 cut = step.truncated[step.final_index]
                 final.append((step.final_obs[cut], t * width + columns.start + step.final_index[cut]))
-            self._obs, self._state = step.obs, acted.state
+            self._obs = step.obs
+            self._state = memory.carry(acted.state, acted.action, step.reward, step.final_index)
         batch.obs[-1, columns] = self._obs
         return np.concatenate([obs for obs, _ in final]), np.concatenate([index for _, index in final])
 
 
-def _empty_batch(config: Any, spaces: Any, record: Mapping[str, tuple[str, tuple[int, ...]]]) -> Batch:
+def _empty_batch(algo: type[Algorithm[Any]], config: Any, spaces: Spaces) -> Batch:
     rows = (config.unroll, config.batch)
+
+    def zeros(specs: Mapping[str, tuple[str, tuple[int, ...]]], *lead: int) -> dict[str, NDArray[Any]]:
+        return {name: np.zeros((*lead, *shape), dtype) for name, (dtype, shape) in specs.items()}
+
     return Batch(
         obs=np.zeros((config.unroll + 1, config.batch, *spaces.obs_shape), spaces.obs_dtype),
         action=np.zeros((*rows, *spaces.action_shape), spaces.action_dtype),
         reward=np.zeros(rows, np.float32),
         terminated=np.zeros(rows, np.bool_),
         truncated=np.zeros(rows, np.bool_),
-        record={name: np.zeros((*rows, *shape), dtype) for name, (dtype, shape) in record.items()},
+        record=zeros(algo.record(config, spaces), *rows),
+        state=zeros(algo.carried(config, spaces), config.batch),
         version=np.zeros(rows, np.int64),
         final_obs=np.zeros((0, *spaces.obs_shape), spaces.obs_dtype),
         final_index=np.zeros(0, np.int64),
@@ -186,7 +253,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lag", type=int, default=0, help="updates")
-    parser.add_argument("--target", type=float, help="mean greedy return of 20 episodes to stop at")
+    parser.add_argument("--late-gradients", action="store_true", help="the lag is that of gradients, as in A3C")
+    parser.add_argument("--target", type=float, help="mean return of 20 episodes to stop at")
+    parser.add_argument(
+        "--sampled", action="store_true", help="evaluate the policy as it acts, not its likeliest action"
+    )
     parser.add_argument("--stable", type=int, default=0, help="evaluations that must reach the target after the first")
     args = parser.parse_args()
 
@@ -205,8 +276,10 @@ def main() -> None:
             steps=args.steps,
             seed=seed,
             lag=args.lag,
+            late_gradients=args.late_gradients,
             target=args.target,
             stable=args.stable,
+            greedy=not args.sampled,
         )
         print(json.dumps({"seed": seed, **asdict(result)}), flush=True)
 

@@ -14,14 +14,13 @@ from ddrl_bus.errors import RemoteError, UnreachableError
 from ddrl_bus.launch import logs, remote, run_dir
 from ddrl_bus.launch.display import Display
 from ddrl_bus.launch.local import SIGNALS, STATUS_S
+from ddrl_bus.launch.node import first, serve_all
 from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
 
 
 async def run(plan: Plan, folder: Path, display: Display) -> None:
     """Returns when every node is done.  Raises: what a node raised first, as it was."""
-    from ddrl_bus.nodes.base import serve
-
     stop, hub = asyncio.Event(), MemoryHub()
     with contextlib.ExitStack() as stack:
         for name in plan.nodes:
@@ -31,25 +30,10 @@ async def run(plan: Plan, folder: Path, display: Display) -> None:
             async with asyncio.TaskGroup() as tasks:
                 watch = tasks.create_task(_watch(controller, display), name="watch")
                 with _signals(tasks, controller, stop, display):
-                    nodes = [
-                        tasks.create_task(
-                            serve(
-                                plan, name, run_dir=folder, epoch=run_dir.next_epoch(folder, name), hub=hub, stop=stop
-                            ),
-                            name=name,
-                        )
-                        for name in plan.nodes
-                    ]
-                    await asyncio.wait(nodes)
+                    await serve_all(plan, plan.nodes, folder, stop, hub=hub, inline=True)
                 watch.cancel()
         except BaseExceptionGroup as group:
-            raise _first(group) from None
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+            raise first(group) from None
 
 
 async def _watch(controller: remote.Controller, display: Display) -> None:

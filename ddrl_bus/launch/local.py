@@ -1,9 +1,9 @@
 """The supervisor of one host's share of a run: a process per node, spawned, restarted, and none left behind.
 
-A node that crashes is started again after FIRST_DELAY_S, which doubles with each crash, until it crashed more than
-RESTARTS times within WITHIN_S; then everybody is stopped and the node's first exception is shown. What a restart
-cannot mend (NOT_RETRIED) ends the run at once. A node that left by itself although the run goes on is started again
-after the grace time.
+Nodes of one index of a bundle share a process, and with it their fate. One that crashes is started again after
+FIRST_DELAY_S, which doubles with each crash, until it crashed more than RESTARTS times within WITHIN_S; then everybody
+is stopped and its first exception is shown. What a restart cannot mend (NOT_RETRIED) ends the run at once. One that
+left by itself although the run goes on is started again after the grace time.
 
     the controller finished    others may drain for `grace`, then SIGTERM, then after TERM_S SIGKILL
     SIGINT, SIGTERM, SIGHUP    the controller is asked to drain everybody, then as above; where none answers: SIGTERM
@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -39,16 +39,23 @@ NOT_RETRIED: Final = frozenset(e.exit_code for e in (UsageError, EnvError, Fence
 STAGGER_S: Final = 0.4  # between kinds: all at once they would slow down the one that everybody waits for
 TERM_S: Final = 3.0
 STATUS_S: Final = 1.0
-START_ORDER: Final = ("learner", "actor", "controller", "evaluator")  # the slowest to start first
+START_ORDER: Final[Sequence[str]] = (  # the slowest to start first
+    "param_server",
+    "learner",
+    "inference",
+    "actor",
+    "controller",
+    "evaluator",
+)
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TAIL_BYTES: Final = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a life of a node ended that should not have."""
+    """How a life of a process ended that should not have."""
 
-    node: str
+    process: str
     code: int
     """As of `subprocess`: negative for a signal."""
     traceback: str
@@ -60,7 +67,7 @@ class Failure:
         return self.code if self.code > 0 else INTERNAL
 
     def __str__(self) -> str:
-        return f"{self.node} on {platform.node()} {how(self.code)}; its log is {self.log}\n{self.traceback}".rstrip()
+        return f"{self.process} on {platform.node()} {how(self.code)}; its log is {self.log}\n{self.traceback}".rstrip()
 
 
 def how(code: int) -> str:
@@ -79,7 +86,9 @@ class Supervisor:
         self._plan = plan
         self._folder = folder
         self._display = display
-        self._nodes: Sequence[NodePlan] = sorted(plan.on_host(host), key=lambda node: _rank(node.kind))
+        self._plans: Mapping[str, Sequence[NodePlan]] = {
+            node.process: plan.process(node.process) for node in plan.on_host(host)
+        }
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._left: set[str] = set()
         self._ending = asyncio.Event()
@@ -87,35 +96,36 @@ class Supervisor:
 
     @property
     def has_controller(self) -> bool:
-        return any(node.kind == "controller" for node in self._nodes)
+        return any(node.kind == "controller" for nodes in self._plans.values() for node in nodes)
 
     async def run(self) -> None:
         """Returns when every node of this host is gone."""
         with self._signals():
             async with asyncio.TaskGroup() as tasks:
                 watch = tasks.create_task(self._watch(), name="watch")
-                keepers = [tasks.create_task(self._keep(node), name=node.name) for node in self._nodes]
+                ranks = _ranks(self._plans)
+                keepers = [tasks.create_task(self._keep(name, STAGGER_S * ranks[name]), name=name) for name in ranks]
                 await self._ending.wait()
                 await self._end(keepers)
                 watch.cancel()
 
-    # ── one node ─────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── one process ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _keep(self, node: NodePlan) -> None:
-        """Life after life of one node, until the run ends."""
+    async def _keep(self, name: str, delay: float) -> None:
+        """Life after life of one process, until the run ends; the first begins after `delay` seconds."""
         crashes: deque[Failure] = deque()
-        if await self._ends_within(STAGGER_S * _rank(node.kind)):
+        if await self._ends_within(delay):
             return
         while True:
-            failure = await self._live(node)
+            failure = await self._live(name)
             if self._ending.is_set():
                 if failure is not None and failure.code > 0 and self.failure is None:
                     self._display.note(f"while the run ended: {failure}")
                 return
             if failure is None:
-                if await self._is_over(node):
+                if await self._is_over(name):
                     return
-                self._display.note(f"{node.name} left, but the run goes on; starting it again")
+                self._display.note(f"{name} left, but the run goes on; starting it again")
             else:
                 crashes.append(failure)
                 while crashes[0].at < failure.at - WITHIN_S:
@@ -125,21 +135,20 @@ class Supervisor:
                     self._ending.set()
                     return
                 delay = FIRST_DELAY_S * 2 ** (len(crashes) - 1)
-                self._display.note(
-                    f"{node.name} {how(failure.code)}; restart {len(crashes)} of {RESTARTS} in {delay} s"
-                )
+                self._display.note(f"{name} {how(failure.code)}; restart {len(crashes)} of {RESTARTS} in {delay} s")
                 if await self._ends_within(delay):
                     return
             self.restarts += 1
 
-    async def _is_over(self, node: NodePlan) -> bool:
-        """Whether the run ends too, now that a node drained."""
-        self._left.add(node.name)
+    async def _is_over(self, name: str) -> bool:
+        """Whether the run ends too, now that a process drained."""
+        self._left.add(name)
+        (node, *_) = self._plans[name]
         finished = node.kind == "controller" and (self._folder / closing.RESULT).exists()
-        if finished or len(self._left) == len(self._nodes):
+        if finished or len(self._left) == len(self._plans):
             self._ending.set()
         over = await self._ends_within(self._plan.grace)
-        self._left.discard(node.name)
+        self._left.discard(name)
         return over
 
     async def _ends_within(self, seconds: float) -> bool:
@@ -150,35 +159,38 @@ class Supervisor:
             return False
         return True
 
-    async def _live(self, node: NodePlan) -> Failure | None:
-        """One process of a node, from its start to its end."""
-        log = logs.path_of(self._folder, node.name)
-        log_began = log.stat().st_size if log.exists() else 0
+    async def _live(self, name: str) -> Failure | None:
+        """One life of a process, from its start to its end."""
+        paths = [logs.path_of(self._folder, node.name) for node in self._plans[name]]
+        began = {log: log.stat().st_size if log.exists() else 0 for log in paths}
         with _Talk(self._display) as talk:
             process = await asyncio.create_subprocess_exec(
-                *self._command(node),
+                *self._command(name),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=talk.ear,
                 stderr=talk.ear,
-                env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+                # numpy's threads wait for each other by spinning: on shared cores a product may take 20 times as long.
+                env={"OPENBLAS_NUM_THREADS": "1"} | os.environ | {"PYTHONFAULTHANDLER": "1"},
                 start_new_session=True,  # Ctrl-C is for the supervisor
             )
-            self._processes[node.name] = process
+            self._processes[name] = process
             try:
                 await process.wait()
             finally:
-                del self._processes[node.name]
+                del self._processes[name]
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)  # with whatever it started
                 code = await process.wait()
         if code == 0:
             return None
-        return Failure(node.name, code, logs.last_exception(log, log_began) or talk.tail, log, time.monotonic())
+        told = {log: said for log in paths if (said := logs.last_exception(log, began[log]))}
+        log, said = next(iter(told.items()), (paths[0], talk.tail))
+        return Failure(name, code, said, log, time.monotonic())
 
-    def _command(self, node: NodePlan) -> Sequence[str]:
+    def _command(self, name: str) -> Sequence[str]:
         command = [sys.executable, "-P", "-m", "ddrl_bus.launch.node", "--parent", str(os.getpid())]
         lock = self._folder / run_dir.LOCK_FILE
-        return [*command, "--name", node.name, "--run-dir", str(self._folder), "--topology", str(lock)]
+        return [*command, "--name", name, "--run-dir", str(self._folder), "--topology", str(lock)]
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -242,8 +254,12 @@ class Supervisor:
                 await asyncio.sleep(STATUS_S)
 
 
-def _rank(kind: str) -> int:
-    return START_ORDER.index(kind) if kind in START_ORDER else len(START_ORDER)
+def _ranks(plans: Mapping[str, Sequence[NodePlan]]) -> dict[str, int]:
+    """Process -> its turn to start, in that order; kinds that are not here cost no time."""
+    kinds = {node.kind for nodes in plans.values() for node in nodes}
+    order = [kind for kind in START_ORDER if kind in kinds]
+    ranks = {name: min(order.index(node.kind) for node in nodes) for name, nodes in plans.items()}
+    return dict(sorted(ranks.items(), key=lambda item: item[1]))
 
 
 class _Talk:

@@ -1,4 +1,6 @@
-"""What one node's process is: `python -m ddrl_bus.launch.node --topology LOCK --name N --run-dir D`.
+"""What a process of one node, or of one index of a bundle, is:
+
+    python -m ddrl_bus.launch.node --topology LOCK --name N --run-dir D
 
 Six of these start at once on two cores: nothing here imports torch, rich or click.
 """
@@ -7,45 +9,82 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from ddrl_bus.errors import DdrlError
-from ddrl_bus.launch import logs, run_dir
+from ddrl_bus.launch import logs, malloc, run_dir
 from ddrl_bus.topology import Plan
+from ddrl_bus.transport.memory import MemoryHub
 
 INTERNAL: Final = DdrlError.exit_code
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> int:
-    """One life of one node, to its end; the exit code of its process.
+    """One life of each node of the process `name`, to its end; the exit code of the process.
 
     Args:
-        parent: pid whose death ends this node too; it drains then.
+        parent: pid whose death ends these nodes too; they drain then.
+    Raises:
+        UsageError: the plan has no such process.
     """
+    names = [node.name for node in plan.process(name)]
+    malloc.keep_freed_memory()
     if parent is not None:
         _die_with(parent)
-    with logs.attached(folder, name, logging.getLogger()) as log:
+    with contextlib.ExitStack() as stack:
+        written = [stack.enter_context(logs.attached(folder, node, _logger(node, names))) for node in names]
         try:
             with asyncio.Runner(debug=False, loop_factory=_loop_factory()) as runner:
-                runner.run(_serve(plan, name, folder, supervised=parent is not None))
+                runner.run(_serve(plan, names, folder, supervised=parent is not None))
         except Exception as error:
-            if log.shown is not error:
-                logging.getLogger(f"ddrl_bus.{name}").critical("failed", exc_info=error)
+            if not any(log.shown is error for log in written):
+                logging.getLogger(f"ddrl_bus.{names[0]}").critical("failed", exc_info=error)
             return error.exit_code if isinstance(error, DdrlError) else INTERNAL
     return 0
 
 
-async def _serve(plan: Plan, name: str, folder: Path, *, supervised: bool) -> None:
+def _logger(node: str, names: Sequence[str]) -> logging.Logger:
+    """Whose records go to the node's log: everybody's where it has the process to itself."""
+    return logging.getLogger(f"ddrl_bus.{node}" if len(names) > 1 else None)
+
+
+async def serve_all(
+    plan: Plan, names: Iterable[str], folder: Path, stop: asyncio.Event, *, hub: MemoryHub, inline: bool = False
+) -> None:
+    """Run nodes in this event loop, each to its end. When one fails, the others are cancelled.
+
+    Raises:
+        Exception: what a node raised first, as it was.
+    """
     from ddrl_bus.nodes.base import serve
 
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for name in names:
+                epoch = run_dir.next_epoch(folder, name)
+                node = serve(plan, name, run_dir=folder, epoch=epoch, hub=hub, inline=inline, stop=stop)
+                tasks.create_task(node, name=name)
+    except BaseExceptionGroup as group:
+        raise first(group) from None
+
+
+def first(error: BaseException) -> BaseException:
+    """What a group of exceptions, of groups perhaps, began with."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _serve(plan: Plan, names: Sequence[str], folder: Path, *, supervised: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -60,7 +99,7 @@ async def _serve(plan: Plan, name: str, folder: Path, *, supervised: bool) -> No
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signalled, number)
-    await serve(plan, name, run_dir=folder, epoch=run_dir.next_epoch(folder, name), stop=stop)
+    await serve_all(plan, names, folder, stop, hub=MemoryHub())
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -81,9 +120,9 @@ def _die_with(parent: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("ddrl_bus.launch.node", description="One node of a run. Use ddrl-node.")
+    parser = argparse.ArgumentParser("ddrl_bus.launch.node", description="One process of a run. Use ddrl-node.")
     parser.add_argument("--topology", type=Path, required=True, help="expanded topology")
-    parser.add_argument("--name", required=True)
+    parser.add_argument("--name", required=True, help="process: a node, or an index of a bundle, such as worker-0")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--parent", type=int, help="pid whose death ends this node")
     options = parser.parse_args(arguments)
@@ -95,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         plan = load(options.topology, catalog=catalog())
+        plan.process(options.name)
     except DdrlError as error:
         print(f"{options.name}: {error}", file=sys.stderr)
         return error.exit_code

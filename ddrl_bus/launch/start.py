@@ -96,16 +96,16 @@ def host_share(plan: Plan, host: str, words: Sequence[str], *, path: Path | None
     return _supervised(plan, host, folder, started, notes)
 
 
-def one_node(plan: Plan, name: str, *, path: Path | None = None, started: float) -> int:
-    """Run one node in this process; its exit code. To start it again as the same node, give the same `path`.
+def one_process(plan: Plan, name: str, *, path: Path | None = None, started: float) -> int:
+    """Run one node, or one index of a bundle, in this process; its exit code. To start it again as the same, give the
+    same `path`.
 
     Raises:
-        UsageError: the plan has no such node.
+        UsageError: the plan has no such process.
     """
     from ddrl_bus.launch import node
 
-    if name not in plan.nodes:
-        raise UsageError(f"{plan.name}: no node {name!r}; have {', '.join(plan.nodes)}")
+    plan.process(name)
     folder = run_dir.create(plan, path=path, command=sys.argv, started=started)
     run_dir.make_private(plan.ipc_dir)
     return node.run(plan, name, folder)

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
-from ddrl_bus.algos.acting import State, make_policy
+from ddrl_bus.algos import memory
+from ddrl_bus.algos.acting import make_policy
+from ddrl_bus.algos.memory import State
 from ddrl_bus.envs import VectorEnv
 from ddrl_bus.errors import EnvError
-from ddrl_bus.experience import RECORD, Unroll
+from ddrl_bus.experience import RECORD, STATE, Unroll
 from ddrl_bus.messages import Trajectory, Weights, fields_of, parse
 from ddrl_bus.metrics import clock
+from ddrl_bus.nodes.assembly import Played
 from ddrl_bus.nodes.base import Node
-from ddrl_bus.transport.wire import Arena, Array, Message
-
-ENV_FAULTS: Final = 3
-"""Faults in a row after which an actor gives up on its environment."""
-
-Played = tuple[Arena, dict[str, Any]]
-"""An unroll and its fields, ready to be sent."""
+from ddrl_bus.nodes.env_faults import EnvFaults
+from ddrl_bus.transport.wire import Array, Message
 
 
 class Actor(Node):
@@ -33,7 +31,7 @@ class Actor(Node):
     obs: Array
     """What the next action is taken from, [N, ...]."""
     memory: State
-    """The policy's recurrent state."""
+    """What the agents carry from step to step."""
 
     async def start(self) -> None:
         options: Any = self.node.options
@@ -44,7 +42,7 @@ class Actor(Node):
         self.layout = self.schema.layout(self.envs)
         self.env_steps = self.ledger.counter("env_steps")
         self.env_faults = self.ledger.counter("env_faults")
-        self.faults = 0  # in a row
+        self.faults = EnvFaults(self.env_faults, self.log)
         names = ("env", "forward", "record", "pack", "send", "unpack", "send_wait", "weights_wait")
         self.clocks = {name: clock(self.ledger, name) for name in names}
         # `max_lag: 0` is lock-step: no unroll starts with weights that the last one was played with.
@@ -102,18 +100,14 @@ class Actor(Node):
         self._load()
         while True:
             try:
-                if self.faults:
+                if self.faults.in_a_row:
                     self.env_group.close()
                     self._new_env(restart=self.env_faults.value)
                 played = self._unroll()
             except EnvError as error:
-                self.faults += 1
-                self.env_faults.add()
-                if self.faults >= ENV_FAULTS:
-                    raise
-                self.log.error("rebuilding environments, fault %d of %d in a row: %s", self.faults, ENV_FAULTS, error)
+                self.faults.happened(error)
             else:
-                self.faults = 0
+                self.faults.over()
                 return played
 
     def _load(self) -> None:
@@ -130,13 +124,17 @@ class Actor(Node):
         rows, env, forward, record = unroll.rows, self.clocks["env"], self.clocks["forward"], self.clocks["record"]
         episodes: list[tuple[float, int]] = []
         rows["obs"][0] = self.obs
+        rows["version"][...] = self.version
+        for name, array in self.memory.items():
+            rows[STATE + name][...] = array
         for t in range(self.schema.unroll):
             with forward:
                 acted = self.policy.act(self.obs, self.memory)
             with env:
                 step = self.env_group.step(acted.action)
             with record:
-                self.obs, self.memory = step.obs, acted.state
+                self.obs = step.obs
+                self.memory = memory.carry(acted.state, acted.action, step.reward, step.final_index)
                 rows["obs"][t + 1] = step.obs
                 rows["action"][t] = acted.action
                 rows["reward"][t] = step.reward
@@ -152,7 +150,7 @@ class Actor(Node):
         self.env_steps.add(self.schema.unroll * self.envs)
         with self.clocks["pack"]:
             returns, lengths = [r for r, _ in episodes], [n for _, n in episodes]
-            return unroll.finish(), fields_of(Trajectory(self.version, self.learner_epoch, returns, lengths))
+            return unroll.finish(), fields_of(Trajectory(self.learner_epoch, returns, lengths))
 
     def _new_env(self, restart: int) -> None:
         self.env_group = VectorEnv(self.env, self.envs, self.seeds(restart))

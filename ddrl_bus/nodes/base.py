@@ -35,16 +35,23 @@ from ddrl_bus.metrics import shares
 from ddrl_bus.topology.plan import NodePlan, Plan, Port
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger, read
-from ddrl_bus.transport.links import Client, Publisher, Receiver, Sender, Subscriber
+from ddrl_bus.transport.links import Client, Publisher, Receiver, Sender, Server, Subscriber
 from ddrl_bus.transport.memory import MemoryHub
 
 HEARTBEAT_S: Final = 0.5
 """Application heartbeat: it comes from the event loop, so a node whose loop hangs goes silent."""
 ANSWER_S: Final = 2.0
 """How long a heartbeat waits for the controller before it is given up; training goes on without one."""
-KINDS: Final = {"actor": "Actor", "learner": "Learner", "evaluator": "Evaluator", "controller": "Controller"}
+KINDS: Final = {
+    "actor": "Actor",
+    "learner": "Learner",
+    "evaluator": "Evaluator",
+    "controller": "Controller",
+    "inference": "Inference",
+    "param_server": "ParamServer",
+}
 """Kind → class, in the module of that name; it is imported when a node of the kind is made."""
-ROLES: Final = ("controller", "learner", "actor", "evaluator")
+ROLES: Final = ("controller", "learner", "actor", "evaluator", "inference", "param_server")
 """Order is part of every seed: append only."""
 
 TRANSITIONS: Final[dict[NodeState, frozenset[NodeState]]] = {
@@ -62,13 +69,15 @@ class Node(ABC):
     """One life of one node. A subclass writes `start` and `run`.
 
     Args:
-        hub: joins nodes of one process; `compute` then runs in the event loop itself, for breakpoints and for runs
-            that repeat exactly.
+        hub: joins nodes of one process over `memory://`.
+        inline: `compute` runs in the event loop itself, for breakpoints and for runs that repeat exactly.
     """
 
     role: ClassVar[str]
 
-    def __init__(self, plan: Plan, name: str, run_dir: Path, epoch: int, hub: MemoryHub | None) -> None:
+    def __init__(
+        self, plan: Plan, name: str, run_dir: Path, epoch: int, hub: MemoryHub | None = None, *, inline: bool = False
+    ) -> None:
         self.plan = plan
         self.node: NodePlan = plan.nodes[name]
         self.name = name
@@ -91,10 +100,10 @@ class Node(ABC):
         self._report = asyncio.Event()
         self._started = time.time()
         self._started_up = False
-        self._inline = hub is not None
+        self._inline = inline
         self._idle = self.ledger.counter("time", "idle")
         self._idle_since = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-compute")
+        self._thread = ThreadPoolExecutor(self.threads(), thread_name_prefix=f"{name}-compute")
 
     # ---- what a role writes
 
@@ -109,6 +118,10 @@ class Node(ABC):
     def gauge(self) -> dict[str, float]:
         """Figures of this moment, for people."""
         return {}
+
+    def threads(self) -> int:
+        """Pieces of work that may run at a time."""
+        return 1
 
     # ---- what every role has
 
@@ -140,12 +153,12 @@ class Node(ABC):
             (spaces.action_dtype, spaces.action_shape),
             self.algorithm.record(config, spaces),
             config.unroll,
+            self.algorithm.carried(config, spaces),
         )
 
     def seeds(self, restart: int = 0, stream: int = 0) -> np.random.SeedSequence:
-        """Seeds of this node: `SeedSequence([run, role, index, restart, stream])`."""
-        life = self.epoch >> 32
-        return np.random.SeedSequence([self.plan.seed, ROLES.index(self.role), self.node.index, life + restart, stream])
+        """Seeds of this life of this node."""
+        return node_seeds(self.plan.seed, self.role, self.node.index, (self.epoch >> 32) + restart, stream)
 
     def submit(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """Queue `work(*args)` on this node's thread; it runs as soon as what was queued before is done."""
@@ -190,7 +203,7 @@ class Node(ABC):
 
     def open_sender(self, link: str) -> Sender:
         port = self._port(link)
-        return self.bus.sender(link, port.peers, port.link.on_loss)
+        return self.bus.sender(link, port.peers, port.link.on_loss, port.link.codec)
 
     def open_receiver(self, link: str) -> Receiver:
         port = self._port(link)
@@ -202,6 +215,14 @@ class Node(ABC):
     def open_subscriber(self, link: str) -> Subscriber:
         (address,) = self._port(link).peers.values()
         return self.bus.subscriber(link, address)
+
+    def open_client(self, link: str, server: int = 0) -> Client:
+        """Towards the server of this number, counted round where there are fewer."""
+        addresses = list(self._port(link).peers.values())
+        return self.bus.client(link, addresses[server % len(addresses)])
+
+    def open_server(self, link: str) -> Server:
+        return self.bus.server(link, self._port(link).binds)
 
     # ---- the controller's side of a node's life
 
@@ -328,17 +349,39 @@ class Node(ABC):
         self.enter("draining")
 
 
+def node_seeds(run: int, role: str, index: int, life: int = 1, stream: int = 0) -> np.random.SeedSequence:
+    """`SeedSequence([run, role, index, life, stream])`, from which everything random in a node follows."""
+    return np.random.SeedSequence([run, ROLES.index(role), index, life, stream])
+
+
+def node_class(plan: Plan, name: str) -> type[Node]:
+    """What to make of a node: its kind says, and of learners and actors their ports too."""
+    module = plan.nodes[name].kind
+    cls = KINDS[module]
+    if module == "learner" and "gradients" in plan.ports(name):
+        module, cls = "worker", "Worker"
+    if module == "actor" and "act" in plan.ports(name):
+        module, cls = "env_actor", "EnvActor"
+    found: type[Node] = getattr(import_module(f"ddrl_bus.nodes.{module}"), cls)
+    return found
+
+
 async def serve(
-    plan: Plan, name: str, *, run_dir: Path, epoch: int, hub: MemoryHub | None = None, stop: asyncio.Event
+    plan: Plan,
+    name: str,
+    *,
+    run_dir: Path,
+    epoch: int,
+    hub: MemoryHub | None = None,
+    inline: bool = False,
+    stop: asyncio.Event,
 ) -> None:
     """Run one node to its end: until it drained, because the run is over or `stop` was set.
 
     Raises:
         Exception: the first that anything in it raised, as it was.
     """
-    kind = plan.nodes[name].kind
-    cls: type[Node] = getattr(import_module(f"ddrl_bus.nodes.{kind}"), KINDS[kind])
-    await cls(plan, name, run_dir, epoch, hub).live(stop)
+    await node_class(plan, name)(plan, name, run_dir, epoch, hub, inline=inline).live(stop)
 
 
 async def _inline(work: Callable[..., T], args: tuple[Any, ...]) -> T:

@@ -1,8 +1,8 @@
 """The controller: who is there, how far the run is, when it is over. It stands off the data path: training goes on
 without it, and a new life of it learns everything from the next heartbeats.
 
-    run ─→ confirm ─→ drain           an evaluation that reaches `stop.reward`, the learner's spent budget, or the clock
-     ↑________|                       asks for a confirmation: the learner holds still and the evaluator plays exactly
+    run ─→ confirm ─→ drain           an evaluation that reaches `stop.reward`, the trainer's spent budget, or the clock
+     ↑________|                       asks for a confirmation: the trainer holds still and the evaluator plays exactly
                                       its weights on fresh seeds. A reward that does not hold sends everybody back.
 
 Draining goes from the sources to the sinks, so that whoever receives is there until everything sent has arrived.
@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -35,7 +35,7 @@ DEAD_S: Final = 5.0
 """A node silent for this long is not waited for."""
 CONFIRM_S: Final = 60.0
 """A confirmation takes at most this long."""
-DRAIN_ORDER: Final = (("actor", "evaluator"), ("learner",))
+DRAIN_ORDER: Final = (("actor", "evaluator"), ("inference",), ("learner",), ("param_server",))
 
 
 @dataclass(slots=True)
@@ -58,6 +58,8 @@ class Controller(Node):
         self.server = self.bus.server(Progress.KIND, self._port(Progress.KIND).binds)
         self.publisher = self.open_publisher(Control.KIND)
         self.members: dict[str, Member] = {}
+        kinds = {node.kind for node in self.plan.nodes.values()}
+        self.trainer = "param_server" if "param_server" in kinds else "learner"
         self.lives = self._earlier_lives()
         self.best: Evaluation | None = None
         self.last: Evaluation | None = None
@@ -155,6 +157,7 @@ class Controller(Node):
             self.best = evaluation
         if evaluation.confirm and evaluation.confirm == self.control.confirm:
             self.confirmed = evaluation
+        self._write_metrics(evaluation)
 
     def _on_status(self, request: Request) -> None:
         text = json.dumps(finite(self.status())).encode()
@@ -245,8 +248,9 @@ class Controller(Node):
 
     # ---- figures
 
-    def _gauge_of(self, role: str, gauge: str) -> float:
-        return sum(m.progress.gauges.get(gauge, 0) for m in self.members.values() if m.progress.role == role)
+    def _trained(self, gauge: str) -> float:
+        """A gauge of the one node that decides about the run: a parameter server, or else the learner."""
+        return sum(m.progress.gauges.get(gauge, 0) for m in self.members.values() if m.progress.role == self.trainer)
 
     def _env_steps(self) -> int:
         """Steps that actors took, over all their lives."""
@@ -264,13 +268,17 @@ class Controller(Node):
         now = time.time()
         if self._samples and now - self._samples[-1][0] < METRICS_EVERY_S:
             return
-        if self.control.phase != "run" or not self._gauge_of("learner", "first_update_at"):
+        if self.control.phase != "run" or not self._trained("first_update_at"):
             return
         self._samples.append((now, self._env_steps()))
+        self._write_metrics()
+
+    def _write_metrics(self, evaluation: Evaluation | None = None) -> None:
+        """A line now and then, and one for each evaluation."""
         status = self.status()
-        nodes = status.pop("nodes")
-        gauges = {name: node["gauges"] for name, node in nodes.items()}
-        self.metrics.write({"time": now, **status, "nodes": gauges})
+        gauges = {name: node["gauges"] for name, node in status.pop("nodes").items()}
+        evaluated = asdict(evaluation) if evaluation else None
+        self.metrics.write({"time": time.time(), **status, "evaluation": evaluated, "nodes": gauges})
 
     def status(self) -> dict[str, Any]:
         """Everything that `ddrl status` shows."""
@@ -282,7 +290,7 @@ class Controller(Node):
             "reason": self.control.reason,
             "wall_s": time.time() - self.began,
             "env_steps": self._env_steps(),
-            "updates": int(self._gauge_of("learner", "updates")),
+            "updates": int(self._trained("updates")),
             "steps_per_s": self._steps_per_s(5.0),
             "return": self.last.mean_return if self.last else None,
             "best_return": self.best.mean_return if self.best else None,
@@ -313,14 +321,14 @@ class Controller(Node):
         }
 
     def _write_result(self) -> None:
-        first = max((m.progress.gauges.get("first_update_at", 0) for m in self.members.values()), default=0)
+        first = self._trained("first_update_at")
         final = self.confirmed or self.last
         result = {
             "reason": self.reason,
             "return": final.mean_return if final else None,
             "confirmed": self.confirmed is not None,
             "env_steps": self._env_steps(),
-            "updates": int(self._gauge_of("learner", "updates")),
+            "updates": int(self._trained("updates")),
             "steps_per_s": self._steps_per_s(float("inf")),
             "first_update_s": first - self.began if first else None,
             "overhead": {n: shares(m.progress.counters).get("overhead") for n, m in self.members.items()},

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from ddrl_bus import algos, envs
+from ddrl_bus.algos import memory
 from ddrl_bus.algos.acting import Policy, make_policy
 from ddrl_bus.checkpoint import Checkpoint
 from ddrl_bus.messages import Evaluation, Weights, parse
@@ -26,7 +27,7 @@ class Evaluator(Node):
 
     async def start(self) -> None:
         self.options: Any = self.node.options
-        self.weights = self.open_subscriber("weights")
+        self.weights = self.open_subscriber("parameters" if "parameters" in self.ports else "weights")
         self.policy = make_policy(self.algorithm, self.plan.algo, self.spaces, self.seeds(stream=1))
         self.clocks = {name: clock(self.ledger, name) for name in ("evaluate", "unpack", "weights_wait")}
         self.played = 0
@@ -86,11 +87,11 @@ def play(
     """
     group = envs.VectorEnv(env, episodes, seeds)
     returns: dict[int, float] = {}
-    obs, memory = group.reset(), policy.initial_state(episodes)
+    obs, carried = group.reset(), policy.initial_state(episodes)
     for _ in range(MAX_STEPS):
-        acted = policy.act(obs, memory, greedy=greedy)
+        acted = policy.act(obs, carried, greedy=greedy)
         step = group.step(acted.action)
-        obs, memory = step.obs, acted.state
+        obs, carried = step.obs, memory.carry(acted.state, acted.action, step.reward, step.final_index)
         for index, (episode_return, _) in zip(step.final_index.tolist(), step.episodes, strict=True):
             returns.setdefault(index, episode_return)
         if len(returns) == episodes:

@@ -3,8 +3,7 @@
     trajectories ─→ slot (one copy) ─→ ready ─→ train ─→ weights
                      ↑ while the last batch is trained on, the next one fills
 
-It alone knows when the budget of steps is spent. While the controller has a result confirmed, it holds still and
-publishes what it has; should the result not hold, it goes on.
+What it publishes, when it stops and what it saves is the trainer's business.
 """
 
 from __future__ import annotations
@@ -14,19 +13,15 @@ import time
 from collections import deque
 from typing import Any, ClassVar
 
-import numpy as np
-
-from ddrl_bus import checkpoint
-from ddrl_bus.algos.base import Batch
-from ddrl_bus.algos.lazy import torch
-from ddrl_bus.errors import WireError
-from ddrl_bus.experience import BatchSlots, Slot, record_of
-from ddrl_bus.messages import Trajectory, Weights, fields_of, parse
+from ddrl_bus.errors import UsageError
+from ddrl_bus.experience import Slot
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import Node
-from ddrl_bus.transport.wire import Arena, Array, Layout, Message
+from ddrl_bus.nodes.batches import Intake, batch_of, oldest
+from ddrl_bus.nodes.trainer import Snapshot, Trainer, lag_gauge
+from ddrl_bus.transport.wire import Array, Message
 
-Updated = tuple[Slot, Arena | None]
+Updated = tuple[Slot, Snapshot | None]
 """A slot that was trained on, and the weights that came of it, if they are due to be published."""
 
 
@@ -35,109 +30,55 @@ class Learner(Node):
 
     async def start(self) -> None:
         options: Any = self.node.options
-        self.trajectories = self.open_receiver("trajectories")
-        self.weights = self.open_publisher("weights")
+        self.intake = Intake(self, self._lag)
         self.publish_every: int = options.publish_every
-        self.trajectories.check = self._check
-        link = self.ports["trajectories"].link
-        self.max_lag = link.max_lag
-        self.senders = [node.name for node in self.plan.members(link.sources)]
-        self.clocks = {n: clock(self.ledger, n) for n in ("learn", "pack", "send", "unpack", "queue_wait")}
-        self.trained = self.ledger.counter("trajectories", "trained")
-        self.lags: deque[int] = deque(maxlen=256)
-        self.returns: deque[float] = deque(maxlen=100)
+        self.delay: int = options.delay
+        if self.intake.max_lag is not None and self.delay > self.intake.max_lag:
+            raise UsageError(
+                f"nodes.{self.node.group}.delay: got {self.delay}, expected at most links.trajectories.max_lag, which "
+                f"is {self.intake.max_lag}: every unroll would be too old"
+            )
+        self.clocks = {name: clock(self.ledger, name) for name in ("learn", "queue_wait")}
+        self.lags: deque[Array] = deque(maxlen=64)  # of the last batches, per row
         self.metrics: dict[str, float] = {}
-        self.published = self.confirmed = 0
+        self.delayed: deque[Snapshot] = deque()
         self.first_update_at = 0.0
+        self.trainer = Trainer(self, self.open_publisher("weights"))
         await self.compute(self._build, options.device)
 
     def _build(self, device: str) -> None:
-        """Network, optimiser and batch memory, on the compute thread: importing torch takes seconds."""
-        torch.set_num_threads(1)  # actors share these cores
-        seed = int(self.seeds().generate_state(1)[0])
-        self.algo = self.algorithm(self.plan.algo, self.spaces, seed=seed, device=device)
-        saved = checkpoint.newest(self.run_dir / "checkpoints")
-        if saved is not None:
-            self.algo.load_state(saved.arrays)
-            self.log.info("resumed env_steps=%d updates=%d", self.algo.env_steps, self.algo.updates)
-        self.batches = BatchSlots(self.schema, self.plan.algo.batch, allocate=self._allocate)
-        self.weights_layout = Layout(Weights.KIND, {k: (v.dtype.name, v.shape) for k, v in self.algo.weights().items()})
-        self.checkpoint_at = time.monotonic() + self.plan.checkpoint.every
-
-    def _allocate(self, dtype: str, shape: tuple[int, ...]) -> Array:
-        array: Array = np.empty(shape, dtype)
-        if self.algo.device.type == "cuda":  # copies to the GPU from pinned memory are direct
-            array = torch.from_numpy(array).pin_memory().numpy()
-        return array
+        self.algo = self.trainer.build(device)
+        self.slots = self.intake.allocate(3, self.algo.device)
 
     async def run(self) -> None:
         self.free: asyncio.Queue[Slot] = asyncio.Queue()
         self.ready: deque[Slot] = deque()
         self.batch_ready = asyncio.Event()
         self.training: deque[asyncio.Future[Updated]] = deque()
-        for slot in self.batches.free:
+        for slot in self.slots:
             self.free.put_nowait(slot)
-        self._publish(await self.compute(self._snapshot))
+        self.trainer.publish(await self.compute(self.trainer.snapshot))
         assembling = asyncio.create_task(self._assemble(), name=f"{self.name}.assemble")
         try:
             await self._train_until_drained(assembling)
         finally:
             assembling.cancel()
-        await self._settle()
+        self.intake.settle()
+        await self.compute(self.trainer.save)
 
     # ---- batches
 
-    def _check(self, message: Message) -> str | None:
-        try:
-            parse(Trajectory, message)
-        except WireError as error:
-            return error.reason
-        return self.schema.check(message)
-
     async def _assemble(self) -> None:
-        """Copy unrolls into slots, each column once, while the compute thread trains."""
-        slot = await self.free.get()
+        """Copy unrolls into slots while the compute thread trains."""
         while True:
-            for message, version in await self._next_unrolls():
-                start, envs = 0, message.arrays["obs"].shape[1]
-                while start < envs:
-                    with self.clocks["unpack"]:
-                        start = self.batches.copy(slot, message, version, start)
-                    if slot.full:
-                        self.ready.append(slot)
-                        self.batch_ready.set()
-                        self._train_ahead()
-                        slot = await self.free.get()
+            self.ready.append(await self.intake.fill(await self.free.get()))
+            self.batch_ready.set()
+            self._train_ahead()
 
-    async def _next_unrolls(self) -> list[tuple[Message, int]]:
-        """The next one; in lock-step one of every sender, in the senders' order, so that a batch repeats exactly."""
-        if self.max_lag != 0:
-            return [await self._next_unroll()]
-        round_: dict[str, tuple[Message, int]] = {}
-        while len(round_) < len(self.senders):
-            message, version = await self._next_unroll()
-            if message.node in round_:  # of an earlier life, which died meanwhile
-                self._evict("superseded", 1)
-            round_[message.node] = message, version
-        return [round_[name] for name in sorted(round_)]
-
-    async def _next_unroll(self) -> tuple[Message, int]:
-        """The next unroll that is not too old, and the version it was played with."""
-        while True:
-            message = await self.trajectories.recv()
-            trajectory = parse(Trajectory, message)
-            self.returns.extend(trajectory.returns)
-            if self.max_lag is None or self._lag(trajectory) <= self.max_lag:
-                return message, trajectory.version
-            self._evict("stale", 1)
-
-    def _lag(self, trajectory: Trajectory) -> int:
+    def _lag(self, message: Message) -> int:
         """Versions that the learner will be ahead of it when the batch that fills now is trained on."""
-        waiting = len(self.batches.free) - self.free.qsize() - 1
-        return self.algo.updates + waiting - trajectory.version
-
-    def _evict(self, reason: str, messages: int) -> None:
-        self.ledger.counter("trajectories", "evicted", reason).add(messages)
+        waiting = len(self.slots) - self.free.qsize() - 1
+        return self.algo.updates + waiting - oldest(message)
 
     # ---- training
 
@@ -161,22 +102,14 @@ class Learner(Node):
 
     def _may_train(self) -> bool:
         """Whether one more update, after those under way, is wanted."""
-        if self.draining.is_set() or self.control.phase != "run":
-            return False
         rows = self.plan.algo.batch * self.plan.algo.unroll
-        steps = self.plan.stop.steps
-        return steps is None or self.algo.env_steps + len(self.training) * rows < steps
+        return not (self.trainer.held or self.trainer.spent(len(self.training) * rows))
 
     async def _attend(self) -> None:
         """Nothing is being trained: see to the controller's wishes, or wait for a batch."""
         self.control_changed.clear()
         self.batch_ready.clear()
-        if self.control.confirm > self.confirmed:
-            self.confirmed = self.control.confirm
-            self._publish(await self.compute(self._snapshot), self.confirmed)
-        if self.plan.stop.steps is not None and self.algo.env_steps >= self.plan.stop.steps and self.done is None:
-            self.done = "steps"
-            self.report()
+        await self.trainer.attend()
         if self.done is not None or self.control.phase != "run":
             await self.until(self.control_changed.wait(), self.draining)
             return
@@ -186,96 +119,40 @@ class Learner(Node):
 
     def _updated(self, updated: Updated) -> None:
         self.training.popleft()
-        slot, arena = updated
-        self.trained.add(slot.messages)
+        slot, snapshot = updated
+        self.intake.trained(slot.messages)
         slot.clear()
         self.free.put_nowait(slot)
         if not self.first_update_at:
             self.first_update_at = time.time()
             self.report()
-        if arena is not None:
-            self._publish(arena)
+        if snapshot is not None:
+            self._publish(snapshot)
 
     def _update(self, slot: Slot) -> Updated:
         """One update, on the compute thread; a snapshot of the weights if they are due."""
-        self.lags.extend((self.algo.updates - slot.version[0]).tolist())
+        self.lags.append(self.algo.updates - slot.version)
         with self.clocks["learn"]:
-            index, obs = slot.final_rows(self.schema.obs)
-            rows = slot.rows
-            batch = Batch(
-                obs=rows["obs"],
-                action=rows["action"],
-                reward=rows["reward"],
-                terminated=rows["terminated"],
-                truncated=rows["truncated"],
-                record=record_of(rows),
-                version=slot.version,
-                final_obs=obs,
-                final_index=index,
-            )
-            self.metrics.update(self.algo.step(batch))
-        if time.monotonic() >= self.checkpoint_at:
-            self._save()
-        return slot, self._snapshot() if self.algo.updates % self.publish_every == 0 else None
+            self.metrics.update(self.algo.step(batch_of(slot, self.schema)))
+        if self.trainer.save_due:
+            self.trainer.save()
+        return slot, self.trainer.snapshot() if self.algo.updates % self.publish_every == 0 else None
 
-    # ---- weights
-
-    def _snapshot(self) -> Arena:
-        with self.clocks["pack"]:
-            arena = self.weights_layout.arena()
-            for name, array in self.algo.weights().items():
-                arena.arrays[name][...] = array
-            return arena
-
-    def _publish(self, arena: Arena, confirm: int = 0) -> None:
-        with self.clocks["send"]:
-            self.published += 1
-            weights = Weights(self.algo.env_steps, self.algo.updates, confirm)
-            self.weights.publish(self.published, arena, fields_of(weights))
-
-    # ---- the end
-
-    async def _settle(self) -> None:
-        """Account for what came and will not be trained on, and save what was learnt."""
-        while self.trajectories.try_recv() is not None:
-            pass
-        books = self.ledger.snapshot()
-        taken = sum(
-            count for name, count in books.items() if name.startswith("trajectories/") and name.endswith("/taken")
-        )
-        settled = self.trained.value + sum(n for name, n in books.items() if name.startswith("trajectories/evicted/"))
-        self._evict("drained", taken - settled)
-        await self.compute(self._save)
-
-    def _save(self) -> None:
-        settings = self.plan.checkpoint
-        self.checkpoint_at = time.monotonic() + settings.every
-        values = {
-            "topology": self.plan.run_id,
-            "algo": self.plan.algo_name,
-            "learner_epoch": self.epoch,
-            "env_steps": self.algo.env_steps,
-            "updates": self.algo.updates,
-        }
-        try:
-            checkpoint.save(
-                self.run_dir / "checkpoints",
-                checkpoint.Checkpoint(self.algo.env_steps, self.algo.state(), values),
-                settings.keep,
-            )
-        except OSError as error:  # a full disk must not end the training that it cannot save
-            self.log.error("checkpoint not written: %s", error)
+    def _publish(self, newest: Snapshot) -> None:
+        """Publish the weights of `delay` updates ago, as soon as there are such."""
+        self.delayed.append(newest)
+        due = None
+        while self.delayed and newest.weights.updates - self.delayed[0].weights.updates >= self.delay:
+            due = self.delayed.popleft()
+        if due is not None:
+            self.trainer.publish(due)
 
     def gauge(self) -> dict[str, float]:
-        lags = np.array(self.lags or [0])
         return {
             "env_steps": self.algo.env_steps,
             "updates": self.algo.updates,
-            "queue": self.trajectories.queued,
-            "lag_mean": float(lags.mean()),
-            "lag_p95": float(np.percentile(lags, 95)),
-            "lag_max": float(lags.max()),
+            **lag_gauge(self.lags),
             "first_update_at": self.first_update_at,
-            **({"return_mean": float(np.mean(self.returns))} if self.returns else {}),
+            **self.intake.gauge(),
             **self.metrics,
         }

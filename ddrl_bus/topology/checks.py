@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterable, Mapping
 
 from ddrl_bus.errors import EnvError
-from ddrl_bus.topology.plan import TCP_PORTS, LinkPlan, Plan
+from ddrl_bus.topology.plan import TCP_PORTS, LinkPlan, Plan, bundle_of
 from ddrl_bus.topology.schema import MAX_NODES, ActorOptions, Catalog, NodeOptions, one_of
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
@@ -22,7 +22,7 @@ def check_groups(groups: Mapping[str, NodeOptions], hosts: Mapping[str, str], no
         problems.add(nodes, "nodes", f"{total:,} nodes, expected at most {MAX_NODES:,}")
     for kind, why in (
         ("controller", "a run has one controller"),
-        ("learner", "several learners cannot share their weights yet"),
+        ("param_server", "shards cannot be split yet"),
     ):
         of_kind = [name for name, options in groups.items() if options.kind == kind]
         if (count := sum(groups[name].count for name in of_kind)) > 1:
@@ -37,22 +37,37 @@ def check_groups(groups: Mapping[str, NodeOptions], hosts: Mapping[str, str], no
             if host not in hosts:
                 at, path = nodes.find((group, "host", place)), dotted(("nodes", group, "host"))
                 problems.add(at, path, f"no host {came(host)}; {one_of(host, hosts)}")
-    _check_bundles(groups, nodes, problems)
+    default = next(iter(hosts))
+    for bundle in dict.fromkeys(options.bundle for options in groups.values() if options.bundle):
+        members = {name: options for name, options in groups.items() if options.bundle == bundle}
+        for group in members:
+            if wrong := _unfit(bundle, group, members, groups, default):
+                at, path = _option(nodes, group, "bundle")
+                problems.add(at, path, wrong)
 
 
-def _check_bundles(groups: Mapping[str, NodeOptions], nodes: Node, problems: Problems) -> None:
-    counts: dict[str, tuple[str, int]] = {}
-    for group, options in groups.items():
-        if options.bundle is None:
-            continue
-        first, count = counts.setdefault(options.bundle, (group, options.count))
-        at, path = _option(nodes, group, "bundle")
-        if count != options.count:
-            problems.add(
-                at, path, f"{group} has {options.count} nodes and {first} has {count}; a bundle needs equal counts"
-            )
-        else:
-            problems.add(at, path, "bundles cannot run yet; leave it out: each node gets a process of its own")
+def _unfit(
+    bundle: str,
+    group: str,
+    members: Mapping[str, NodeOptions],
+    groups: Mapping[str, NodeOptions],
+    default_host: str,
+) -> str | None:
+    """Why a group cannot share processes with the other groups of its bundle; None if it can."""
+    first, options = next(iter(members)), members[group]
+    if options.kind == "controller":
+        return "a controller runs in a process of its own; leave it out"
+    if bundle in groups:
+        return f"got {came(bundle)}, but a group has that name, and its nodes the names of such processes"
+    twin = next(name for name, other in members.items() if other.kind == options.kind)
+    if twin != group:
+        return f"{twin} and {group} are both of kind {options.kind}; a bundle holds one group of a kind"
+    count = members[first].count
+    if count != options.count:
+        return f"{group} has {options.count} nodes and {first} has {count}; a bundle needs equal counts"
+    if (options.host or (default_host,)) != (members[first].host or (default_host,)):
+        return f"{group} and {first} are on different hosts; a bundle needs the same `host` for all its groups"
+    return None
 
 
 def _option(nodes: Node, group: str, key: str) -> tuple[Node, str]:
@@ -71,8 +86,10 @@ def check_batches(
     senders = [options for options in actors if isinstance(options, ActorOptions)]
     if not isinstance(batch, int) or link is None or not senders or len(senders) != len(actors):
         return
-    columns = sum(options.count * options.envs for options in senders)
-    sum_text = " + ".join(f"{options.count} × {options.envs}" for options in senders)
+    bundle = bundle_of(link, groups)  # then a learner hears the actors of its own process only
+    counts = [(1 if bundle else options.count, options.envs) for options in senders]
+    columns = sum(count * envs for count, envs in counts)
+    sum_text = " + ".join(f"{count} × {envs}" for count, envs in counts) + (f" in each {bundle}" if bundle else "")
     if link.max_lag == 0:
         _check_lock_step(batch, columns, sum_text, link, root, problems)
     elif columns * link.window < batch:

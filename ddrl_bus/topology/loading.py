@@ -14,6 +14,7 @@ from ddrl_bus.errors import EnvError, SecurityError, TopologyError, UsageError
 from ddrl_bus.topology import checks
 from ddrl_bus.topology.files import read_tree
 from ddrl_bus.topology.plan import LinkPlan, Plan
+from ddrl_bus.topology.roles import Roles
 from ddrl_bus.topology.schema import (
     GROUP_NAME,
     KINDS,
@@ -30,7 +31,7 @@ from ddrl_bus.topology.schema import (
     validate_config,
 )
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
-from ddrl_bus.topology.wiring import Group, Wiring, ports_of
+from ddrl_bus.topology.wiring import Group, Wiring, default_links
 
 DEFAULT_GROUPS = ("evaluator", "controller")  # added when no group is of their kind
 
@@ -98,12 +99,18 @@ def _plan(tree: Node, catalog: Catalog, problems: Problems) -> Plan | None:
 
     nodes = _required(tree, "nodes", problems)
     groups = _groups(nodes, problems)
-    links = _links(tree, nodes, groups, algo_name, catalog, problems) if algo_name else {}
+    wrong = Problems()
+    links = _links(tree, nodes, groups, algo_name, catalog, wrong) if algo_name else {}
     whole = {name: options for name, options in groups.items() if isinstance(options, NodeOptions)}
     checks.check_groups(whole, hosts, nodes, problems)
+    if links and not wrong and _complete(tree, whole):
+        present = {name: options for name, options in whole.items() if options.count}
+        Roles(present, links, tree, wrong).check()
+    problems.found |= wrong.found
     if len(whole) == len(groups):
-        checks.check_batches(algo, whole, links.get("trajectories"), tree, problems)
         checks.check_stop(whole.values(), stop is not None and stop.reward is not None, tree, problems)
+        if not wrong:
+            checks.check_batches(algo, whole, links.get("trajectories"), tree, problems)
     if problems or not settings or not env or not stop or not checkpoint:
         return None
     return Plan(
@@ -133,14 +140,18 @@ def _links(
 ) -> dict[str, LinkPlan]:
     insecure = tree.children().get("insecure")
     wiring = Wiring(
-        algorithm=algo_name,
-        ports=ports_of(algo_name, catalog.algorithms[algo_name], tree.find(("algo", "name")), problems),
+        default=default_links(catalog.algorithms[algo_name]),
         groups={name: Group(options.kind, options.count) for name, options in groups.items()},
         insecure=insecure is not None and insecure.value is True,
-        complete="nodes" in tree.children() and nodes.children().keys() <= groups.keys(),
+        complete=_complete(tree, groups),
         problems=problems,
     )
     return wiring.resolve(tree.children().get("links"), nodes)
+
+
+def _complete(tree: Node, groups: Mapping[str, object]) -> bool:
+    """Whether every group that the file writes is among these."""
+    return "nodes" in tree.children() and tree.find(["nodes"]).children().keys() <= groups.keys()
 
 
 def _part(node: Node, keys: Sequence[str]) -> Node:
@@ -187,7 +198,7 @@ def _groups(nodes: Node, problems: Problems) -> dict[str, NodeOptions | Group]:
     present = {options.kind for options in groups.values()}
     for kind in DEFAULT_GROUPS:
         if kind not in present and kind not in nodes.children():
-            groups[kind] = KINDS[kind].options.model_validate({})
+            groups[kind] = KINDS[kind].model_validate({})
     return groups
 
 
@@ -211,7 +222,7 @@ def _group(name: str, node: Node, problems: Problems) -> NodeOptions | Group | N
         assert kind is not None
         problems.add(kind, dotted((*path, "kind")), f"got {which}, but {name} names a kind itself; rename the group")
         return None
-    return validate(KINDS[which].options, node, path, problems) or Group(which, 1)
+    return validate(KINDS[which], node, path, problems) or Group(which, 1)
 
 
 def _placed(options: NodeOptions, hosts: Mapping[str, str]) -> NodeOptions:

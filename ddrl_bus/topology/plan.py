@@ -13,9 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from ddrl_bus.errors import UsageError
 from ddrl_bus.topology.schema import (
+    SYSTEM_PORTS,
     CheckpointSettings,
     EnvSettings,
+    LinkKind,
     NodeOptions,
     Section,
     StopSettings,
@@ -23,15 +26,14 @@ from ddrl_bus.topology.schema import (
 )
 from ddrl_bus.topology.tree import Plain, emit
 
-LinkKind = Literal["queue", "latest", "request"]
 OnLoss = Literal["count", "resend"]
-SYSTEM_LINKS = ("progress", "control")  # they take a host's first ports: adding a link does not move them
+Codec = Literal["auto", "none", "lz4"]
 TCP_PORTS: Mapping[LinkKind, int] = {"queue": 2, "latest": 1, "request": 1}  # a queue's second carries the credits
 
 
 @dataclass(frozen=True)
 class NodePlan:
-    """One node: a process's worth of work."""
+    """One node. Nodes of one `process` share it."""
 
     name: str
     group: str
@@ -40,6 +42,10 @@ class NodePlan:
     host: str
     bundle: str | None
     options: NodeOptions
+
+    @property
+    def process(self) -> str:
+        return f"{self.bundle}-{self.index}" if self.bundle else self.name
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class LinkPlan:
     on_loss: OnLoss
     max_lag: int | None
     insecure: bool
+    codec: Codec = "auto"
 
     @property
     def binding_side(self) -> Literal["out", "in"]:
@@ -110,6 +117,28 @@ class Plan:
         """Node name -> node, group by group."""
         return {node.name: node for group, options in self.groups.items() for node in _deal(group, options)}
 
+    @cached_property
+    def processes(self) -> dict[str, tuple[NodePlan, ...]]:
+        """Process name -> its nodes: those of one index of a bundle, or one node, whose name it then has."""
+        processes: dict[str, tuple[NodePlan, ...]] = {}
+        for node in self.nodes.values():
+            processes[node.process] = (*processes.get(node.process, ()), node)
+        return processes
+
+    def process(self, name: str) -> tuple[NodePlan, ...]:
+        """The nodes of one process.
+
+        Raises:
+            UsageError: there is no such process; of a node in a bundle it names the process to start instead.
+        """
+        if name in self.processes:
+            return self.processes[name]
+        if node := self.nodes.get(name):
+            others = ", ".join(other.name for other in self.processes[node.process] if other is not node)
+            beside = f" beside {others}" if others else ""
+            raise UsageError(f"{self.name}: {name} runs in process {node.process}{beside}; start {node.process}")
+        raise UsageError(f"{self.name}: no node {name!r}; have {', '.join(self.processes)}")
+
     def on_host(self, host: str) -> tuple[NodePlan, ...]:
         return tuple(node for node in self.nodes.values() if node.host == host)
 
@@ -137,7 +166,7 @@ class Plan:
 
     def _peers(self, node: NodePlan, link: LinkPlan) -> Iterator[tuple[str, str]]:
         binders = link.sources if link.binding_side == "out" else link.targets
-        for peer in self.members(binders):
+        for peer in (peer for peer in self.members(binders) if _meet(node, peer)):
             bind = self.binds[peer.name, link.name]
             address = bind.near if self.in_process or peer.host == node.host else bind.far
             assert address, f"{peer.name} does not bind {link.name} for {node.name}"
@@ -149,12 +178,18 @@ class Plan:
         free = {host: split_address(text) for host, text in self.hosts.items()}
         next_port = {host: split[1] or self.port for host, split in free.items() if split}
         binds = {}
-        system = [self.links[name] for name in SYSTEM_LINKS if name in self.links]
-        for link in [*system, *(link for link in self.links.values() if link.name not in SYSTEM_LINKS)]:
+        # the system's take a host's first ports: adding a link does not move them
+        for name in dict.fromkeys([*(name for name in SYSTEM_PORTS if name in self.links), *self.links]):
+            link = self.links[name]
             out = link.binding_side == "out"
             binders, others = (link.sources, link.targets) if out else (link.targets, link.sources)
-            hosts = {node.host for node in self.members(others)}
+            inside = self.in_process or bundle_of(link, self.groups) is not None
+            places = {(node.host, node.bundle, node.index if node.bundle else 0): node for node in self.members(others)}
             for node in self.members(binders):
+                if inside:
+                    binds[node.name, link.name] = Bind(f"memory://{node.name}.{link.name}", None)
+                    continue
+                hosts = {peer.host for peer in places.values() if _meet(node, peer)}
                 # `ddrl status` asks over ipc, wherever the nodes are
                 near = node.host in hosts or link.name == "progress"
                 bind = self._bind(node, link, near, bool(hosts - {node.host}), next_port[node.host])
@@ -163,8 +198,6 @@ class Plan:
         return binds
 
     def _bind(self, node: NodePlan, link: LinkPlan, near: bool, far: bool, port: int) -> Bind:
-        if self.in_process:
-            return Bind(f"memory://{node.name}.{link.name}", None)
         ipc = f"ipc://{self.ipc_dir}/{node.name}.{link.name}" if near else None
         split = split_address(self.hosts[node.host])
         if not far or not split:
@@ -197,6 +230,17 @@ class Plan:
         return hashlib.sha256(dataclasses.replace(self, run_id="").lock().encode()).hexdigest()[:12]
 
 
+def bundle_of(link: LinkPlan, groups: Mapping[str, NodeOptions]) -> str | None:
+    """The bundle that the whole link is inside of, if there is one: it then joins nodes of one process."""
+    bundles = {groups[name].bundle for name in link.sources + link.targets}
+    return bundles.pop() if len(bundles) == 1 else None
+
+
+def _meet(node: NodePlan, peer: NodePlan) -> bool:
+    """Whether a link between their groups joins these two: within a bundle only those of one index."""
+    return node.bundle is None or node.bundle != peer.bundle or node.index == peer.index
+
+
 def _deal(group: str, options: NodeOptions) -> Iterator[NodePlan]:
     hosts = options.host or ("local",)
     for index in range(options.count):
@@ -213,6 +257,7 @@ def _link(link: LinkPlan) -> dict[str, Any]:
     if link.kind == "queue":
         data |= {"window": link.window, "on_loss": link.on_loss}
         data |= {} if link.max_lag is None else {"max_lag": link.max_lag}
+        data |= {} if link.codec == "auto" else {"codec": link.codec}
     return data | {"insecure": link.insecure}
 
 

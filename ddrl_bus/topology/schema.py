@@ -1,4 +1,4 @@
-"""What a topology file may say: one flat pydantic model per section, and the table of node kinds.
+"""What a topology file may say: one flat pydantic model per section, the kinds of node, and the ports they hold.
 
 The models know types and ranges. What needs more than one section (links, hosts, sizes that must fit) is in
 `checks.py`; where a value stands in its file is `tree.py`'s business.
@@ -20,7 +20,16 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 import pydantic
 import pydantic.dataclasses
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    TypeAdapter,
+    WithJsonSchema,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ddrl_bus.errors import DdrlError
@@ -91,6 +100,20 @@ Names = Annotated[
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 
+
+def _count_or_auto(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63):
+        return value
+    raise expected("a whole number of at least 1, or auto")
+
+
+CountOrAuto = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_count_or_auto),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+"""A number, or `auto` for one that is found while the run goes on."""
+
 # ── sections ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -148,10 +171,13 @@ class CheckpointSettings(Section):
     """Newest checkpoints that are kept."""
 
 
-class LinkSettings(Section):
-    """One link. For a port of the algorithm, what is left out is as in the algorithm's own wiring."""
+LinkKind = Literal["queue", "latest", "request"]
 
-    kind: Literal["queue", "latest", "request"] | None = None
+
+class LinkSettings(Section):
+    """One link. A file that writes any writes all; at an end that is left out is every group that may be there."""
+
+    kind: LinkKind | None = None
     """queue: nothing lost silently; latest: the newest value wins; request: an answer, an error or a timeout."""
     sources: Names | None = Field(None, alias="from")
     """Groups that send (queue, latest) or ask (request)."""
@@ -163,6 +189,8 @@ class LinkSettings(Section):
     """queue: what becomes of messages that a dead receiver had not acknowledged."""
     max_lag: int | None = Field(None, ge=0, lt=2**63)
     """queue: how many versions behind the learner an unroll may have been made; 0 is lock-step."""
+    codec: Literal["none", "lz4"] | None = None
+    """queue: how large arrays travel; default: compressed where that pays."""
     insecure: bool | None = None
     """Lets this link leave its machine in the open."""
 
@@ -177,30 +205,37 @@ class NodeOptions(Section):
 
     kind: str
     """Defaults to the name of the group."""
-    count: int = Field(1, ge=0, le=MAX_NODES)
+    count: Annotated[int, Field(ge=0, le=MAX_NODES)] = 1
     """Nodes in the group; 0 leaves it out."""
     host: Names | None = None
     """Host, or hosts dealt round-robin; default: the first host."""
-    bundle: str | None = None
-    """Groups of one bundle share processes, index by index."""
+    bundle: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")] | None = None
+    """Groups of one bundle share processes, index by index; a link inside it joins nodes of one index only."""
+
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")]
 
 
 class ActorOptions(NodeOptions):
-    """Steps environments with the newest weights."""
+    """Steps environments, with the newest weights or with the actions of an inference node."""
 
     kind: Literal["actor"] = "actor"
     envs: Count = 8
     """Environments per actor, stepped as one vector."""
+    groups: Count = 2
+    """With `act` only: parts of its environments that step in turn, one while the others wait for actions."""
 
 
 class LearnerOptions(NodeOptions):
-    """Trains, and publishes weights."""
+    """Trains, and publishes weights; with `gradients` it has a parameter server apply them."""
 
     kind: Literal["learner"] = "learner"
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")
+    device: Device = "auto"
     """auto, cpu, cuda, cuda:1 or mps; auto is a GPU where there is one."""
     publish_every: Count = 1
     """Updates between two published versions."""
+    delay: int = Field(0, ge=0, lt=2**16)
+    """Publishes the weights of so many updates ago: for experiments on staleness."""
 
 
 class EvaluatorOptions(NodeOptions):
@@ -221,21 +256,66 @@ class ControllerOptions(NodeOptions):
     kind: Literal["controller"] = "controller"
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of node: its options, and the ports it can hold beside `control` and `progress`."""
+class InferenceOptions(NodeOptions):
+    """Chooses actions for environments that live elsewhere, many at a time."""
 
-    options: type[NodeOptions]
-    sends: frozenset[str] = frozenset()
-    receives: frozenset[str] = frozenset()
+    kind: Literal["inference"] = "inference"
+    batch: Count = 64
+    """Observations after which a batch runs at once."""
+    wait: Duration = 0.0
+    """Longest time that the oldest request waits for a fuller batch; 0 takes what is there."""
+    device: Device = "auto"
+    """auto, cpu, cuda, cuda:1 or mps; auto is a GPU where there is one."""
+    predictors: CountOrAuto = 1
+    """Policies that answer in parallel; auto: as many as make the most steps a second."""
 
 
-KINDS: Mapping[str, Kind] = {
-    "actor": Kind(ActorOptions, sends=frozenset({"trajectories"}), receives=frozenset({"weights"})),
-    "learner": Kind(LearnerOptions, sends=frozenset({"weights"}), receives=frozenset({"trajectories"})),
-    "evaluator": Kind(EvaluatorOptions, receives=frozenset({"weights"})),
-    "controller": Kind(ControllerOptions),
+class ParamServerOptions(NodeOptions):
+    """Holds the parameters, and applies gradients the moment they come."""
+
+    kind: Literal["param_server"] = "param_server"
+    max_staleness: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Updates that a gradient may be behind; older ones are refused and counted. Default: no bound."""
+    durable: bool = False
+    """Answers a gradient only after a checkpoint holds it."""
+
+
+KINDS: Mapping[str, type[NodeOptions]] = {
+    "actor": ActorOptions,
+    "learner": LearnerOptions,
+    "evaluator": EvaluatorOptions,
+    "controller": ControllerOptions,
+    "inference": InferenceOptions,
+    "param_server": ParamServerOptions,
 }
+
+
+@dataclass(frozen=True)
+class PortRule:
+    """What a link of this name is: its kind, and the kinds of node that may stand at its ends."""
+
+    kind: LinkKind
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """`queue, actor → learner`"""
+        return f"{self.kind}, {', '.join(self.sources)} → {', '.join(self.targets)}"
+
+
+PORTS: Mapping[str, PortRule] = {
+    "trajectories": PortRule("queue", ("actor", "inference"), ("learner",)),
+    "weights": PortRule("latest", ("learner",), ("actor", "inference", "evaluator")),
+    "act": PortRule("request", ("actor",), ("inference",)),
+    "gradients": PortRule("request", ("learner",), ("param_server",)),
+    "parameters": PortRule("latest", ("param_server",), ("evaluator",)),
+}
+_OTHERS = tuple(kind for kind in KINDS if kind != "controller")
+SYSTEM_PORTS: Mapping[str, PortRule] = {
+    "progress": PortRule("request", _OTHERS, ("controller",)),
+    "control": PortRule("latest", ("controller",), _OTHERS),
+}
+"""In every topology."""
 
 SECTIONS = ("extends", "env", "algo", "nodes", "links", "hosts", "stop", "checkpoint")
 LOCAL_HOSTS = {"local": "127.0.0.1"}  # a topology without `hosts:`
@@ -421,7 +501,7 @@ def validate_config(config: type, node: Node, path: tuple[str, ...], problems: P
 def json_schema(catalog: Catalog) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a topology file, with this catalog's algorithms."""
     models: list[type[BaseModel]] = [EnvSettings, StopSettings, CheckpointSettings, LinkSettings]
-    models += [kind.options for kind in KINDS.values()]
+    models += KINDS.values()
     _, shared = pydantic.json_schema.models_json_schema(
         [(model, "validation") for model in models], ref_template="#/$defs/{model}"
     )
@@ -442,10 +522,14 @@ def json_schema(catalog: Catalog) -> dict[str, Any]:
         "algo": {"anyOf": [_algo_schema(name, entry) for name, entry in catalog.algorithms.items()]},
         "nodes": {
             "type": "object",
-            "properties": {name: ref(kind.options) for name, kind in KINDS.items()},
-            "additionalProperties": {"anyOf": [ref(kind.options) for kind in KINDS.values()]},
+            "properties": {name: ref(options) for name, options in KINDS.items()},
+            "additionalProperties": {"anyOf": [ref(options) for options in KINDS.values()]},
         },
-        "links": {"type": "object", "additionalProperties": ref(LinkSettings)},
+        "links": {
+            "type": "object",
+            "properties": {name: ref(LinkSettings) for name in {**PORTS, **SYSTEM_PORTS}},
+            "additionalProperties": False,
+        },
         "hosts": {"type": "object", "additionalProperties": {"type": "string"}},
         "stop": ref(StopSettings),
         "checkpoint": ref(CheckpointSettings),

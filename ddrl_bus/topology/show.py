@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from ddrl_bus.topology.plan import LinkPlan, Plan
-from ddrl_bus.topology.schema import NodeOptions
+from ddrl_bus.topology.plan import LinkPlan, NodePlan, Plan
+from ddrl_bus.topology.schema import SYSTEM_PORTS, NodeOptions
 
 
 def text(plan: Plan) -> str:
@@ -17,7 +17,7 @@ def text(plan: Plan) -> str:
     ]
     for host, address in plan.hosts.items():
         lines.append(f"host {host} ({address})")
-        lines += [f"  {node.name:<16} {node.kind:<11} {_options(node.options)}".rstrip() for node in plan.on_host(host)]
+        lines += [f"  {node.name:<16} {node.kind:<11} {_options(plan, node)}".rstrip() for node in plan.on_host(host)]
     lines += ["", "links"]
     for link in plan.links.values():
         lines.append(f"  {link.name:<16} {_arrow(link)}  {_terms(link)}")
@@ -27,8 +27,10 @@ def text(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _options(options: NodeOptions) -> str:
-    own = options.model_dump(exclude_none=True, exclude=set(NodeOptions.model_fields))
+def _options(plan: Plan, node: NodePlan) -> str:
+    unused = {"groups"} if node.kind == "actor" and "act" not in plan.ports(node.name) else set()
+    own = node.options.model_dump(exclude_none=True, exclude=unused | NodeOptions.model_fields.keys())
+    own |= {"process": node.process} if node.bundle else {}
     return "  ".join(f"{key}={value}" for key, value in own.items())
 
 
@@ -41,31 +43,49 @@ def _terms(link: LinkPlan) -> str:
     if link.kind == "queue":
         terms += [f"window {link.window}", f"on_loss {link.on_loss}"]
         terms += [] if link.max_lag is None else [f"max_lag {link.max_lag}"]
+        terms += [] if link.codec == "auto" else [f"codec {link.codec}"]
     return ", ".join(terms + (["insecure"] if link.insecure else []))
 
 
+Box = tuple[str, str | None, str]
+"""Host, bundle and group: nodes that are drawn as one."""
+
+
 def mermaid(plan: Plan) -> str:
-    """A Mermaid flowchart: a box per host, a node per group in it, an arrow per link between groups.
+    """A Mermaid flowchart: a box per host, in it one per bundle, a node per group, an arrow per link between groups.
 
     `progress` and `control` touch every node and would hide the rest: they are left out.
     """
-    boxes = Counter((node.host, node.group) for node in plan.nodes.values())
+    boxes = Counter((node.host, node.bundle, node.group) for node in plan.nodes.values())
     ids = {box: f"n{number}" for number, box in enumerate(boxes)}
     lines = ["flowchart LR"]
     for number, (host, address) in enumerate(plan.hosts.items()):
         lines.append(f'  subgraph h{number}["{host} ({address})"]')
-        inside = ((box, count) for box, count in boxes.items() if box[0] == host)
-        lines += [f'    {ids[box]}["{box[1]}{f" × {count}" if count > 1 else ""}"]' for box, count in inside]
+        here = {box: count for box, count in boxes.items() if box[0] == host}
+        for bundle in dict.fromkeys(bundle for _, bundle, _ in here):
+            inside = {box: count for box, count in here.items() if box[1] == bundle}
+            if bundle is None:
+                lines += [f'    {ids[box]}["{_times(box[2], count)}"]' for box, count in inside.items()]
+            else:
+                lines.append(f'    subgraph h{number}_{bundle}["{_times(bundle, max(inside.values()))}"]')
+                lines += [f'      {ids[box]}["{box[2]}"]' for box in inside]
+                lines.append("    end")
         lines.append("  end")
     lines += _arrows(plan, ids)
     return "\n".join(lines) + "\n"
 
 
-def _arrows(plan: Plan, ids: dict[tuple[str, str], str]) -> Iterator[str]:
+def _times(name: str, count: int) -> str:
+    return f"{name} × {count}" if count > 1 else name
+
+
+def _arrows(plan: Plan, ids: Mapping[Box, str]) -> Iterator[str]:
     for link in plan.links.values():
-        if link.name in ("progress", "control"):
+        if link.name in SYSTEM_PORTS:
             continue
         label = f"{link.name}: {link.kind}" + (f", window {link.window}" if link.kind == "queue" else "")
-        for source in (box for box in ids if box[1] in link.sources):
-            for target in (box for box in ids if box[1] in link.targets):
-                yield f'  {ids[source]} -- "{label}" --> {ids[target]}'
+        for source in (box for box in ids if box[2] in link.sources):
+            for target in (box for box in ids if box[2] in link.targets):
+                apart = source[1] is not None and source[1] == target[1] and source[0] != target[0]
+                if not apart:  # members of one bundle that meet are on one host
+                    yield f'  {ids[source]} -- "{label}" --> {ids[target]}'

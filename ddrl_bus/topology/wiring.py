@@ -1,7 +1,7 @@
 """From the links a file writes, or the algorithm's own, to links between the groups that exist.
 
-The algorithm says which ports there are, of which kind, and which kinds of node hold their ends; a file may name
-the groups, set windows and so on, never invent a port. `control` and `progress` are in every topology.
+`PORTS` says which links there can be, of which kind, and which kinds of node hold their ends; a file picks among them,
+names the groups, sets windows and so on. `control` and `progress` are in every topology.
 """
 
 from __future__ import annotations
@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ddrl_bus.topology.plan import LinkPlan
-from ddrl_bus.topology.schema import KINDS, AlgorithmEntry, LinkSettings, one_of, validate
-from ddrl_bus.topology.tree import Mark, Node, Problems, came, dotted
+from ddrl_bus.topology.schema import (
+    PORTS,
+    SYSTEM_PORTS,
+    AlgorithmEntry,
+    LinkSettings,
+    PortRule,
+    one_of,
+    validate,
+)
+from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 QUEUE_WINDOW = 2  # one unroll under way while the receiver reads the other
-
-_OTHERS = [kind for kind in KINDS if kind != "controller"]
-SYSTEM: Mapping[str, Mapping[str, object]] = {
-    "control": {"kind": "latest", "from": "controller", "to": _OTHERS},
-    "progress": {"kind": "request", "from": _OTHERS, "to": "controller"},
-}
+QUEUE_ONLY = ("window", "on_loss", "max_lag", "codec")
+_UNWRITTEN = LinkSettings.model_validate({})
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,9 @@ class Group:
 
 @dataclass
 class Wiring:
-    """Resolves all links of one topology."""
+    """Resolves all links of one topology. `default` is the algorithm's own, for a file that writes none."""
 
-    algorithm: str
-    ports: Mapping[str, LinkSettings]
+    default: Mapping[str, LinkSettings]
     groups: Mapping[str, Group]
     insecure: bool
     complete: bool  # False: some groups are refused, so nothing can be said about who is missing
@@ -48,125 +52,114 @@ class Wiring:
             self.problems.add(written, "links", f"got {came(written.plain())}, expected a mapping of links")
             return {}
         texts = written.children() if written else {}
-        if written and texts and written.at.line:  # overrides alone (line 0) change the algorithm's links
-            for name in (name for name in self.ports if name not in texts and name not in SYSTEM):
-                self.problems.add(written, dotted(("links", name)), f"missing; expected {self._figure(name)}")
-        names = dict.fromkeys([*(name for name in [*self.ports, *texts] if name not in SYSTEM), *SYSTEM])
-        links = (self._link(name, texts.get(name) or Node({}, nodes.at), nodes) for name in names)
+        own = written and texts and written.at.line  # overrides alone (line 0) change the algorithm's links
+        defaults = {} if own else self.default
+        names = [name for name in dict.fromkeys([*defaults, *texts]) if name not in SYSTEM_PORTS]
+        links = [
+            self._link(name, texts.get(name) or Node({}, nodes.at), defaults.get(name) or _UNWRITTEN, nodes)
+            for name in [*names, *SYSTEM_PORTS]
+        ]
         return {link.name: link for link in links if link}
 
-    def _link(self, name: str, node: Node, nodes: Node) -> LinkPlan | None:
+    def _link(self, name: str, node: Node, default: LinkSettings, nodes: Node) -> LinkPlan | None:
         path = ("links", name)
-        port = self.ports.get(name)
-        if port is None or port.kind is None:
-            ports = "; ".join(f"{each} is {self._figure(each)}" for each in self.ports if each not in SYSTEM)
-            hint = one_of(name, self.ports).partition("; ")[2]
-            message = f"{self.algorithm} has no such port: {ports}" + (f"; {hint}" if hint else "")
-            self.problems.add(node.key_at or node, dotted(path), message)
+        rule = SYSTEM_PORTS.get(name) or PORTS.get(name)
+        if rule is None:
+            self.problems.add(node.key_at or node, dotted(path), f"no such port; {one_of(name, PORTS)}")
             return None
         settings = validate(LinkSettings, node, path, self.problems)
         if settings is None:
             return None
-        if settings.kind not in (None, port.kind):
-            message = f"got {came(settings.kind)}, expected {port.kind}: {name} is {self._figure(name)}"
+        if settings.kind not in (None, rule.kind):
+            message = f"got {came(settings.kind)}, expected {rule.kind}: {name} is {rule}"
             self.problems.add(node.find(["kind"]), dotted((*path, "kind")), message)
-        if port.kind != "queue":
-            for key in ("window", "on_loss", "max_lag"):
-                if getattr(settings, key) is not None:
-                    message = f"only a queue has it; {name} is {self._figure(name)}"
-                    at = node.find([key])
-                    self.problems.add(at.key_at or at, dotted((*path, key)), message)
-        sources = self._ends(node, path, "from", settings.sources, port.sources or ())
-        targets = self._ends(node, path, "to", settings.targets, port.targets or ())
-        for end, groups in (("from", sources), ("to", targets)):
-            if groups == ():
-                self._nobody(name, end, node, nodes)
-        window = settings.window or port.window or (QUEUE_WINDOW if port.kind == "queue" else 1)
-        insecure = next(v for v in (settings.insecure, port.insecure, self.insecure) if v is not None)
+        for key in QUEUE_ONLY if rule.kind != "queue" else ():
+            if getattr(settings, key) is not None:
+                at = node.find([key])
+                self.problems.add(at.key_at or at, dotted((*path, key)), f"only a queue has it; {name} is {rule}")
+        sources = self._ends(_End(name, "from", rule, rule.sources), settings.sources, default.sources, node, nodes)
+        targets = self._ends(_End(name, "to", rule, rule.targets), settings.targets, default.targets, node, nodes)
+        window = settings.window or default.window or (QUEUE_WINDOW if rule.kind == "queue" else 1)
+        insecure = next(v for v in (settings.insecure, default.insecure, self.insecure) if v is not None)
         return LinkPlan(
             name,
-            port.kind,
-            sources or (),
-            targets or (),
+            rule.kind,
+            sources,
+            targets,
             window,
-            settings.on_loss or port.on_loss or "count",
-            port.max_lag if settings.max_lag is None else settings.max_lag,
+            settings.on_loss or default.on_loss or "count",
+            default.max_lag if settings.max_lag is None else settings.max_lag,
             insecure,
+            settings.codec or default.codec or "auto",
         )
 
     def _ends(
-        self, node: Node, path: tuple[str, ...], end: str, names: tuple[str, ...] | None, kinds: tuple[str, ...]
-    ) -> tuple[str, ...] | None:
-        """The groups at one end, in the topology's order; None if that cannot be said."""
+        self, end: _End, names: tuple[str, ...] | None, default: tuple[str, ...] | None, node: Node, nodes: Node
+    ) -> tuple[str, ...]:
+        """The groups at one end, in the topology's order; () if that cannot be said."""
         if not self.complete:
-            return None
-        holders = [name for name, group in self.groups.items() if group.kind in kinds and group.count]
-        if names is None:
-            return tuple(holders)
+            return ()
+        kinds = default or end.kinds
+        found = self._named(end, names, node) if names else [n for n, g in self.groups.items() if g.kind in kinds]
+        if found is None:
+            return ()
+        kinds = tuple(dict.fromkeys(self.groups[name].kind for name in found)) or kinds
+        groups = tuple(name for name, group in self.groups.items() if name in found and group.count)
+        if not groups and not (end.link in SYSTEM_PORTS and kinds == ("controller",)):  # reported as missing itself
+            what = "sender" if end.side == "from" else "receiver"
+            message = f"{end.link} has no {what}: no group of kind {' or '.join(kinds)} has a node; add one under nodes"
+            self.problems.add(node.find([end.side]) if node.key_at else nodes, dotted(end.path), message)
+        return groups
+
+    def _named(self, end: _End, names: tuple[str, ...], node: Node) -> list[str] | None:
+        """The groups that `names` (groups or kinds) stand for; None if some stand for none, or none that fits."""
         found: list[str] = []
         refused = False
         for place, name in enumerate(names):
-            at = node.find((end, place))
-            where = dotted((*path, end))
             groups = [name] if name in self.groups else self._of_kind(name)
             wrong = ""
             if not groups:
                 wrong = f"no group {came(name)}; {one_of(name, self.groups)}"
-            elif self.groups[groups[0]].kind not in kinds:
-                verb = "send" if end == "from" else "receive"
-                kind = self.groups[groups[0]].kind
-                wrong = (
-                    f"{came(name)} is of kind {kind}, which does not {verb} {path[1]}: it is {self._figure(path[1])}"
-                )
+            elif (kind := self.groups[groups[0]].kind) not in end.kinds:
+                verb = "send" if end.side == "from" else "receive"
+                wrong = f"{came(name)} is of kind {kind}, which does not {verb} {end.link}: it is {end.rule}"
             elif set(groups) & set(found):
                 wrong = f"{came(name)} stands here twice"
             if wrong:
-                self.problems.add(at, where, wrong)
+                self.problems.add(node.find((end.side, place)), dotted(end.path), wrong)
                 refused = True
             found += groups
         if refused:
             return None
-        if left_out := [name for name in holders if name not in found]:
-            at = node.find([end])
-            message = f"{left_out[0]} is left out, but every {self.groups[left_out[0]].kind} holds an end of {path[1]}"
-            fix = f"name it here, or set nodes.{left_out[0]}.count: 0"
-            self.problems.add(at, dotted((*path, end)), f"{message}: {fix}")
-        return tuple(name for name in holders if name in found)
+        kinds = end.kinds if end.link in SYSTEM_PORTS else {self.groups[name].kind for name in found}
+        for name, group in self.groups.items():
+            if group.kind in kinds and group.count and name not in found:
+                message = f"{name} is left out, but every {group.kind} holds an end of {end.link}"
+                fix = f"name it here, or set nodes.{name}.count: 0"
+                self.problems.add(node.find([end.side]), dotted(end.path), f"{message}: {fix}")
+        return found
 
     def _of_kind(self, kind: str) -> list[str]:
         return [name for name, group in self.groups.items() if group.kind == kind]
 
-    def _nobody(self, name: str, end: str, node: Node, nodes: Node) -> None:
-        port = self.ports[name]
-        kinds = " or ".join((port.sources if end == "from" else port.targets) or ())
-        what = "sender" if end == "from" else "receiver"
-        at = node.find([end]) if node.key_at else nodes
-        if name in SYSTEM and kinds == "controller":
-            return  # reported as a missing controller
-        message = f"{name} has no {what}: no group of kind {kinds} has a node; add one under nodes"
-        self.problems.add(at, dotted(("links", name, end)), message)
 
-    def _figure(self, name: str) -> str:
-        """`queue, actor → learner`"""
-        port = self.ports[name]
-        return f"{port.kind}, {', '.join(port.sources or ())} → {', '.join(port.targets or ())}"
+@dataclass(frozen=True)
+class _End:
+    """One side of a link, as problems name it."""
+
+    link: str
+    side: Literal["from", "to"]
+    rule: PortRule
+    kinds: tuple[str, ...]  # that may stand here
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return ("links", self.link, self.side)
 
 
-def ports_of(algorithm: str, entry: AlgorithmEntry, at: Node | Mark, problems: Problems) -> dict[str, LinkSettings]:
-    """The algorithm's ports and the system's. A port that no node can hold (yet) is a problem of `algo.name`."""
-    ports = {
+def default_links(entry: AlgorithmEntry) -> dict[str, LinkSettings]:
+    """The algorithm's own wiring."""
+    return {
         name: LinkSettings.model_validate_json(json.dumps(dict(port), default=list))
-        for name, port in {**entry.wiring, **SYSTEM}.items()
+        for name, port in entry.wiring.items()
     }
-    for name, port in ports.items():
-        ends = (("send", port.sources), ("receive", port.targets))
-        for verb, kind in ((verb, kind) for verb, kinds in ends for kind in kinds or ()):
-            if name not in SYSTEM and not _holds(kind, name, verb):
-                message = f"{algorithm} needs nodes of kind {kind} that {verb} {name}; there are none"
-                problems.add(at, "algo.name", message)
-    return ports
-
-
-def _holds(kind: str, port: str, verb: str) -> bool:
-    known = KINDS.get(kind)
-    return known is not None and port in (known.sends if verb == "send" else known.receives)

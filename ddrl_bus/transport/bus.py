@@ -11,6 +11,7 @@ from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Check, Client, Publisher, Receiver, Sender, Server, Subscriber
 from ddrl_bus.transport.memory import MemoryHub
 from ddrl_bus.transport.sessions.queue import OnLoss
+from ddrl_bus.transport.wire import Codec
 
 End = TypeVar("End", Sender, Receiver, Publisher, Subscriber, Client, Server)
 
@@ -33,8 +34,10 @@ class Bus:
         self._zeromq: Backend | None = None
         self._ends: list[Sender | Receiver | Publisher | Subscriber | Client | Server] = []
 
-    def sender(self, link: str, receivers: Mapping[str, str], on_loss: OnLoss = "count") -> Sender:
-        return self._opened(Sender(self, self._backend(receivers.values()), link, receivers, on_loss))
+    def sender(
+        self, link: str, receivers: Mapping[str, str], on_loss: OnLoss = "count", codec: Codec = "auto"
+    ) -> Sender:
+        return self._opened(Sender(self, self._backend(receivers.values()), link, receivers, on_loss, codec))
 
     def receiver(
         self, link: str, binds: Sequence[str], window: int, on_loss: OnLoss = "count", check: Check | None = None

@@ -1,18 +1,19 @@
 """The wire format: one message, one frame; a small msgpack header, then the arrays as they lie in memory.
 
     0        4       5       6       8            12             16
-    | "DDRL" | major | minor | zero  | header len | arena offset | header (msgpack) | 0… | arena |
+    | "DDRL" | major | minor | codec | header len | arena offset | header (msgpack) | 0… | arena |
 
     header = [kind, node, epoch, seq, lane, fields, specs]     specs = packed [[name, dtype, shape, offset], …]
 
 `epoch` is the sender's life, `seq` its number on this link, `lane` the life of the receiver it was meant for (0
 where a link has none), `fields` a map of scalars. Every array starts at a multiple of 64 bytes within the arena,
-which itself starts at a multiple of 64 within the frame.
+which itself starts at a multiple of 64 within the frame. `codec` says how the arena travels: 0 as it is, 1 as one LZ4
+block. The header never is compressed, and the arena's size follows from its specs.
 
 A producer writes rows straight into an `Arena`, so that encoding copies nothing: only the header is packed, and laid
 right-aligned in the room before the arrays. `decode` is total: it returns a `Message` whose arrays are read-only
-views of the frame, or raises `WireError` with one of `REASONS`; limits are checked before anything is allocated, and
-nothing received can name code.
+views of the frame (of what it was decompressed to), or raises `WireError` with one of `REASONS`; limits are checked
+before anything is allocated, and nothing received can name code.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
+import lz4.block
 import msgpack
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +37,7 @@ if sys.byteorder != "little":  # pragma: no cover - arrays travel as they lie in
     raise ImportError("ddrl_bus sends arrays in little-endian memory order; this machine is big-endian")
 
 MAGIC: Final = b"DDRL"
-PROTOCOL: Final = (1, 0)
+PROTOCOL: Final = (1, 1)
 ALIGN: Final = 64
 SMALL_FRAME: Final = 8 << 10
 """Received frames up to this size are taken as `bytes`: they are slices of libzmq's read buffer and would pin it."""
@@ -67,16 +69,24 @@ REASONS: Final = (
     "dtype",
     "shape",
     "arena",
+    "codec",
 )
 
 Array: TypeAlias = npt.NDArray[Any]
 Spec: TypeAlias = tuple[str, tuple[int, ...]]
 """dtype name and shape of one array."""
 Buffer: TypeAlias = bytes | memoryview
+Codec: TypeAlias = Literal["auto", "none", "lz4"]
+"""How the arenas of a link travel; auto: LZ4 where `Layout.compressible`."""
 
 _PREFIX: Final = struct.Struct("<4sBBHII")
 _HEAD_ROOM: Final = 512
 _ZEROED: Final = 16 << 10
+_COMPRESS_FROM: Final = 16 << 10
+_PLAIN, _LZ4 = 0, 1
+_ZEROS: Final = bytes(ALIGN)
+_LZ4_RATIO: Final = 255
+"""A byte of an LZ4 block stands for so many at most."""
 _HEADER_TYPES: Final = (str, str, int, int, int, dict, bytes)
 _SCALARS: Final = frozenset((str, int, float, bool, type(None)))
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
@@ -84,7 +94,7 @@ _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
 
 @dataclass(slots=True)
 class Message:
-    """A decoded message. `arrays` are read-only views of the received frame."""
+    """A decoded message. `arrays` are read-only views of the received frame, or of what it was decompressed to."""
 
     kind: str
     node: str
@@ -128,6 +138,9 @@ class Layout:
             self._place(name, dtype_name, shape)
         self.packed_specs = _packed_specs(self.placed)
         _parsed_specs(self.packed_specs)  # what a receiver would refuse is refused here
+        frames = sum(p.nbytes for p in self.placed if p.dtype in (np.uint8, np.bool_))
+        self.compressible = self.size >= _COMPRESS_FROM and 2 * frames > self.size
+        """Whether LZ4 is likely to pay: 16 KiB and more, mostly of images and flags."""
 
     def _place(self, name: str, dtype_name: str, shape: tuple[int, ...]) -> None:
         if dtype_name not in DTYPES:
@@ -147,16 +160,18 @@ class Arena:
     `arrays` holds writable views. After `encode` nobody may write to them: the bytes may still be on their way.
     """
 
-    __slots__ = ("_buffer", "_layout", "_room", "arrays")
+    __slots__ = ("_buffer", "_layout", "_room", "arrays", "raw_size")
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self.raw_size = 0
+        """Bytes of the last frame before compression."""
         self._allocate(_HEAD_ROOM)
 
     @classmethod
     def of(cls, kind: str, arrays: Mapping[str, Array]) -> Arena:
         """An arena holding copies of `arrays`: for messages that are small, or that must be a snapshot."""
-        arena = cls(_layout(kind, tuple((name, (array.dtype.name, array.shape)) for name, array in arrays.items())))
+        arena = cls(_layout(kind, tuple([(name, array.dtype, array.shape) for name, array in arrays.items()])))
         for name, array in arrays.items():
             arena.arrays[name][...] = array
         return arena
@@ -188,24 +203,29 @@ class Arena:
         """Bytes of the arena, without the header."""
         return self._layout.size
 
-    def encode(self, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int = 0) -> memoryview:
-        """The frame, read-only. Copies nothing unless the header outgrew its room."""
+    @property
+    def compressible(self) -> bool:
+        return self._layout.compressible
+
+    def encode(
+        self, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int = 0, *, compress: bool = False
+    ) -> memoryview:
+        """The frame, read-only. Copies nothing unless the header outgrew its room, or `compress` makes it smaller."""
         layout = self._layout
-        header = _pack((layout.kind, node, epoch, seq, lane, fields, layout.packed_specs))
-        text_end = _PREFIX.size + len(header)
-        head = _round_up(text_end)
+        text = _head(layout, node, epoch, seq, fields, lane)
+        head = len(text)
         if head > self._room:
             self._outgrown(head)
-        size = head + layout.size
-        if size > MAX_FRAME:
-            raise WireError("oversized", f"{layout.kind}: frame of {size} bytes, at most {MAX_FRAME} travel")
+        self.raw_size = head + layout.size
         frame = self._buffer.data[self._room - head :]
-        frame[:head] = _PREFIX.pack(MAGIC, *PROTOCOL, 0, len(header), head) + header + bytes(head - text_end)
+        if compress:
+            block: bytes = lz4.block.compress(frame[head:], store_size=False)
+            if len(block) < layout.size:
+                return memoryview(_head(layout, node, epoch, seq, fields, lane, _LZ4) + block)
+        frame[:head] = text
         return frame.toreadonly()
 
     def _outgrown(self, room: int) -> None:
-        if room > MAX_HEADER:
-            raise WireError("oversized", f"{self.kind}: header of {room} bytes, at most {MAX_HEADER} travel")
         rows = self.arrays
         self._allocate(room)
         for name, array in rows.items():
@@ -213,8 +233,27 @@ class Arena:
 
 
 @lru_cache(maxsize=256)
-def _layout(kind: str, specs: tuple[tuple[str, Spec], ...]) -> Layout:
-    return Layout(kind, dict(specs))
+def _layout(kind: str, specs: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> Layout:
+    return Layout(kind, {name: (dtype.name, shape) for name, dtype, shape in specs})
+
+
+def _layout_of(kind: str, arrays: Mapping[str, Array]) -> Layout:
+    return _layout(kind, tuple([(name, array.dtype, array.shape) for name, array in arrays.items()]))
+
+
+def _head(
+    layout: Layout, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int, codec: int = _PLAIN
+) -> bytes:
+    """All of a frame that stands before its arena."""
+    header: bytes = _pack((layout.kind, node, epoch, seq, lane, fields, layout.packed_specs))
+    text_end = _PREFIX.size + len(header)
+    head = _round_up(text_end)
+    if head > MAX_HEADER:
+        raise WireError("oversized", f"{layout.kind}: header of {head} bytes, at most {MAX_HEADER} travel")
+    if head + layout.size > MAX_FRAME:
+        size = head + layout.size
+        raise WireError("oversized", f"{layout.kind}: frame of {size} bytes, at most {MAX_FRAME} travel")
+    return _PREFIX.pack(MAGIC, *PROTOCOL, codec, len(header), head) + header + bytes(head - text_end)
 
 
 def _packed_specs(placed: Sequence[_Placed]) -> bytes:
@@ -232,7 +271,15 @@ def encode(
     lane: int = 0,
 ) -> memoryview:
     """A frame from values at hand; arrays are copied."""
-    return Arena.of(kind, arrays or {}).encode(node, epoch, seq, fields, lane)
+    arrays = arrays or {}
+    layout = _layout_of(kind, arrays)
+    if layout.size > SMALL_FRAME:
+        return Arena.of(kind, arrays).encode(node, epoch, seq, fields, lane)
+    parts = [_head(layout, node, epoch, seq, fields, lane)]  # an arena costs more than copying so few bytes twice
+    for p, array in zip(layout.placed, arrays.values(), strict=True):
+        parts.append((array if array.dtype is p.dtype else array.astype(p.dtype)).tobytes())
+        parts.append(_ZEROS[: -p.nbytes % ALIGN])
+    return memoryview(b"".join(parts))
 
 
 def decode(frame: Buffer) -> Message:
@@ -246,23 +293,43 @@ def decode(frame: Buffer) -> Message:
         raise WireError("truncated", f"{size} bytes, a frame has at least {_PREFIX.size}")
     if size > MAX_FRAME:
         raise WireError("oversized", f"{size} bytes, at most {MAX_FRAME}")
-    magic, major, minor, zero, header_len, arena_at = _PREFIX.unpack_from(frame)
+    magic, major, minor, codec, header_len, arena_at = _PREFIX.unpack_from(frame)
     if magic != MAGIC:
         raise WireError("magic", f"frame starts with {magic!r}, expected {MAGIC!r}")
     if major != PROTOCOL[0]:
         raise WireError("version", f"protocol {major}.{minor} here, we speak {PROTOCOL[0]}.{PROTOCOL[1]}")
     if header_len > MAX_HEADER:
         raise WireError("oversized", f"header of {header_len} bytes, at most {MAX_HEADER}")
-    if zero or arena_at % ALIGN or not _PREFIX.size + header_len <= arena_at <= size:
+    if codec not in (_PLAIN, _LZ4):
+        raise WireError("codec", f"codec {codec} here, we know {_PLAIN} and {_LZ4}")
+    if arena_at % ALIGN or not _PREFIX.size + header_len <= arena_at <= size:
         raise WireError("truncated", f"header of {header_len} bytes, arena at {arena_at}, frame of {size}")
     kind, node, epoch, seq, lane, fields, specs = _header(frame[_PREFIX.size : _PREFIX.size + header_len])
     placed, arena_size = _parsed_specs(specs)
-    if arena_at + arena_size != size:
+    if codec == _LZ4:
+        frame, arena_at = _decompressed(memoryview(frame)[arena_at:], arena_size), 0
+    elif arena_at + arena_size != size:
         raise WireError("arena", f"frame of {size} bytes, its header says {arena_at + arena_size}")
     if type(frame) is memoryview and not frame.readonly:
         frame = frame.toreadonly()
     arrays: dict[str, Array] = {p.name: np.ndarray(p.shape, p.dtype, frame, arena_at + p.offset) for p in placed}
     return Message(kind, node, epoch, seq, lane, fields, arrays, size)
+
+
+def _decompressed(block: memoryview, size: int) -> memoryview:
+    """The arena of `size` bytes, aligned."""
+    if size > min(MAX_FRAME, _LZ4_RATIO * len(block)):
+        raise WireError("codec", f"{len(block)} compressed bytes cannot stand for {size}")
+    try:
+        arena: bytes = lz4.block.decompress(block, uncompressed_size=size)
+    except Exception as error:  # hostile bytes reach lz4 here, so every error of its is one refusal
+        raise WireError("codec", f"{type(error).__name__}: {error}") from None
+    if len(arena) != size:
+        raise WireError("codec", f"decompressed to {len(arena)} bytes, its header says {size}")
+    buffer = np.empty(size + ALIGN, np.uint8)
+    at = -buffer.__array_interface__["data"][0] % ALIGN
+    buffer.data[at : at + size] = arena
+    return buffer.data[at : at + size]
 
 
 def unpack(data: Buffer) -> Any:
@@ -295,7 +362,7 @@ def _header(data: Buffer) -> tuple[str, str, int, int, int, dict[str, Any], byte
     if epoch < 0 or seq < 0 or lane < 0:  # msgpack has no integers of 64 bits and more
         raise WireError("header", "epoch, seq and lane are unsigned")
     for name, value in fields.items():
-        if type(name) is not str or (type(value) not in _SCALARS and not _plain(value, MAX_DEPTH)):
+        if type(name) is not str or (type(value) not in _SCALARS and value != [] and not _plain(value, MAX_DEPTH)):
             raise WireError("fields", f"fields nest deeper than {MAX_DEPTH} or hold bytes")
     return kind, node, epoch, seq, lane, fields, specs
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import gymnasium as gym
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from ddrl_bus.algos import REGISTRY
+from ddrl_bus.algos.a2c import A2C, A2CConfig
 from ddrl_bus.algos.impala import Impala, ImpalaConfig
-from ddrl_bus.bench.control import evaluate, run_control
-from ddrl_bus.envs import EnvConfig
+from ddrl_bus.bench.control import Training, evaluate, run_control
+from ddrl_bus.envs import EnvConfig, VectorEnv
+from ddrl_bus.nodes.base import node_seeds
 
 
 class Bandit(gym.Env[np.ndarray, int]):
@@ -44,6 +48,7 @@ def registered() -> Iterator[None]:
 
 BANDIT = EnvConfig("Bandit-v0")
 SETTINGS = ImpalaConfig(unroll=5, batch=16, hidden=(8,), lr=0.01)
+A2C_SETTINGS = A2CConfig(unroll=5, batch=16, hidden=(8,), lr=0.01)
 
 
 @pytest.mark.parametrize("lag", [0, 4])
@@ -71,6 +76,49 @@ def test_lag_shows_in_the_importance_weights() -> None:
     assert abs(result.report["rho"] - 1.0) > 1e-5
 
 
+def test_late_gradients_are_applied_as_many_updates_late() -> None:
+    """As in A3C: rows and gradient belong to one version, and the server applies it to a newer one."""
+    training = Training(BANDIT, A2C, A2C_SETTINGS, envs=8, seed=0, lag=2, late_gradients=True)
+    weights = [training.learner.weights()]
+    for _ in range(5):
+        assert training.update()["rho"] == pytest.approx(1.0, abs=1e-5)
+        weights.append(training.learner.weights())
+    training.close()
+    moved = [not np.array_equal(a["value.bias"], b["value.bias"]) for a, b in pairwise(weights)]
+    assert moved == [False, False, True, True, True]
+    assert (training.learner.updates, len(training.actors)) == (3, 3 * 2)
+
+
+def test_gradients_that_are_not_late_are_steps() -> None:
+    late, steps = (Training(BANDIT, A2C, A2C_SETTINGS, envs=8, seed=0, late_gradients=late) for late in (True, False))
+    for training in (late, steps):
+        for _ in range(5):
+            training.update()
+        training.close()
+    expected = steps.learner.state()
+    assert all(np.array_equal(array, expected[name]) for name, array in late.learner.state().items())
+
+
+@pytest.mark.parametrize("rule", sorted(REGISTRY))
+def test_every_rule_learns_a_bandit(rule: str) -> None:
+    cls = REGISTRY[rule]
+    settings = cls.Config(unroll=5, batch=16, hidden=(8,), lr=0.01)
+    result = run_control(BANDIT, cls, settings, envs=8, steps=20_000, seed=0, lag=1, target=3.0, evaluate_every=800)
+    assert result.solved_at is not None
+
+
+def test_columns_are_in_the_order_of_the_actors_names() -> None:
+    """`actor-10` comes before `actor-2`, as a learner sorts them."""
+    settings = A2CConfig(unroll=1, batch=11, hidden=(8,))
+    training = Training(EnvConfig("CartPole-v1"), A2C, settings, envs=1, seed=0)
+    training.update()
+    training.close()
+    for column, index in enumerate([0, 1, 10, 2, 3]):
+        env = VectorEnv(EnvConfig("CartPole-v1"), 1, node_seeds(0, "actor", index))
+        np.testing.assert_array_equal(training.batch.obs[0, column], env.reset()[0])
+        env.close()
+
+
 def test_a_seed_decides_a_run() -> None:
     first, again, other = (
         run_control(BANDIT, Impala, SETTINGS, envs=8, steps=800, seed=seed).report for seed in (0, 0, 1)
@@ -84,6 +132,18 @@ def test_evaluation_plays_the_first_episode_of_each_environment() -> None:
     returns = evaluate(BANDIT, Impala, SETTINGS, weights, episodes=7, seed=0)
     assert len(returns) == 7
     assert set(returns) <= {0.0, 1.0, 2.0, 3.0}
+
+
+def test_a_sampled_evaluation_plays_the_policy_as_it_acts() -> None:
+    weights = Impala(SETTINGS, run_spaces(), seed=0).weights()
+    weights["policy.bias"][:] = [1.0, 0.0]  # prefers one action whatever it sees
+    weights["policy.weight"][:] = 0.0
+    greedy, sampled = (
+        evaluate(BANDIT, Impala, SETTINGS, weights, episodes=200, seed=0, greedy=greedy) for greedy in (True, False)
+    )
+    assert np.mean(greedy) == pytest.approx(1.5, abs=0.2)
+    assert np.mean(sampled) == pytest.approx(1.5, abs=0.2)
+    assert greedy != sampled
 
 
 def run_spaces() -> Any:

@@ -17,7 +17,6 @@ from ddrl_bus.launch import local
 from ddrl_bus.launch.local import Supervisor
 from ddrl_bus.launch.remote import Status
 from ddrl_bus.launch.start import plan_of
-from ddrl_bus.topology import NodePlan
 
 HEAD = """
 import os, pathlib, signal, subprocess, sys, time
@@ -66,20 +65,20 @@ class Notes:
 
 
 class Programs(Supervisor):
-    """Starts the Python program given for a node instead of the node."""
+    """Starts the Python program given for a process instead of its nodes."""
 
-    def __init__(self, folder: Path, programs: dict[str, str], grace: float = 0.3) -> None:
+    def __init__(self, folder: Path, programs: dict[str, str], *overrides: str, grace: float = 0.3) -> None:
         (folder / "logs").mkdir()
         self.notes = Notes()
         self.folder = folder
         self.programs = programs
-        overrides = [f"grace={grace}", "nodes.actor.count=1"]
-        plan = plan_of("quickstart", overrides, probe=False, fresh=True)
+        changes = [f"grace={grace}", "nodes.actor.count=1", *overrides]
+        plan = plan_of("quickstart", changes, probe=False, fresh=True)
         super().__init__(plan, "local", folder, self.notes)
 
-    def _command(self, node: NodePlan) -> Sequence[str]:
-        program = HEAD + BLOCK + self.programs.get(node.name, UNTIL_TERM)
-        return [sys.executable, "-c", program, str(self.folder), node.name]
+    def _command(self, name: str) -> Sequence[str]:
+        program = HEAD + BLOCK + self.programs.get(name, UNTIL_TERM)
+        return [sys.executable, "-c", program, str(self.folder), name]
 
     @property
     def has_controller(self) -> bool:
@@ -96,6 +95,9 @@ class Programs(Supervisor):
 
     def lives(self, node: str) -> int:
         return len((self.folder / f"{node}.pids").read_text().split())
+
+    def started(self) -> set[str]:
+        return {pids.stem for pids in self.folder.glob("*.pids")}
 
     def heard(self, text: str) -> bool:
         return any(text in note for note in self.notes.said)
@@ -261,3 +263,33 @@ async def test_long_lines_and_bytes_that_are_no_text_pass(tmp_path: Path) -> Non
     assert supervisor.failure is not None
     assert supervisor.failure.traceback.endswith("end without newline")
     assert len(supervisor.failure.traceback) <= local.TAIL_BYTES
+
+
+def test_the_slowest_start_first_and_kinds_that_are_not_there_cost_no_time(tmp_path: Path) -> None:
+    ranks = local._ranks(Programs(tmp_path, {})._plans)
+    assert list(ranks.items()) == [("learner-0", 0), ("actor-0", 1), ("controller-0", 2), ("evaluator-0", 3)]
+
+
+BUNDLE = ("nodes.actor.bundle=w", "nodes.learner.bundle=w")
+
+
+async def test_a_bundle_is_one_process_and_any_of_its_nodes_tells_why_it_failed(tmp_path: Path) -> None:
+    record = {"time": "t", "level": "ERROR", "node": "learner-0", "message": "m", "exception": "EnvError: whole"}
+    program = f"(folder / 'logs/learner-0.log').write_text({json.dumps(record)!r})\nsys.exit(65)"
+    supervisor = Programs(tmp_path, {"w-0": program}, *BUNDLE)
+    await supervisor.run()
+
+    assert supervisor.started() <= {"w-0", "controller-0", "evaluator-0"}
+    assert supervisor.failure is not None
+    assert (supervisor.failure.process, supervisor.failure.traceback) == ("w-0", "EnvError: whole")
+    assert supervisor.failure.log == tmp_path / "logs/learner-0.log"
+
+
+async def test_a_crashed_bundle_is_one_crash(tmp_path: Path) -> None:
+    program = f"if life < 2: os.kill(os.getpid(), signal.SIGKILL)\n(folder / 'second').touch()\n{UNTIL_TERM}"
+    supervisor = Programs(tmp_path, {"w-0": program, "controller-0": "wait('second'); finish()"}, *BUNDLE)
+    await supervisor.run()
+
+    assert supervisor.failure is None
+    assert supervisor.restarts == 1
+    assert supervisor.heard("w-0 was killed by SIGKILL; restart 1 of 3")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from ddrl_bus.errors import EnvError, FencedError
 from ddrl_bus.launch import node, run_dir
 from ddrl_bus.launch.start import plan_of
 from ddrl_bus.topology import Plan
+from ddrl_bus.transport.memory import MemoryHub
 
 
 @pytest.fixture
@@ -27,12 +29,16 @@ def folder(plan: Plan, tmp_path: Path) -> Path:
     return run_dir.create(plan, path=tmp_path / "run", command=["test"], started=0.0)
 
 
-def run_with(serve: Any, plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of a node whose work is `serve`."""
+def run_with(serve: Any, plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "actor-0") -> int:
+    """The exit code of a process whose nodes' work is `serve`."""
     import ddrl_bus.nodes.base
 
     monkeypatch.setattr(ddrl_bus.nodes.base, "serve", serve)
-    return node.run(plan, "actor-0", folder)
+    return node.run(plan, name, folder)
+
+
+def records(folder: Path, name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "logs" / f"{name}.log").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,7 @@ def test_a_failure_that_the_node_logged_is_not_logged_twice(
         try:
             raise EnvError("broken")
         except EnvError:
-            node.logging.getLogger("ddrl_bus.actor-0").exception("failed")
+            logging.getLogger("ddrl_bus.actor-0").exception("failed")
             raise
 
     assert run_with(serve, plan, folder, monkeypatch) == 65
@@ -73,6 +79,60 @@ def test_the_first_signal_sets_stop(plan: Plan, folder: Path, monkeypatch: pytes
         signal.setitimer(signal.ITIMER_REAL, 0)  # the deadline is the test runner's too
 
     assert run_with(serve, plan, folder, monkeypatch) == 0
+
+
+# ── bundles ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def bundle() -> Plan:
+    overrides = ["grace=2", "nodes.actor.count=1", "nodes.actor.bundle=w", "nodes.learner.bundle=w"]
+    return plan_of("quickstart", overrides, probe=False, fresh=True)
+
+
+def test_the_nodes_of_a_bundle_share_a_loop_and_a_hub_and_each_has_its_log(
+    bundle: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_dir.create(bundle, path=tmp_path / "run", command=["test"], started=0.0)
+    served: dict[str, Any] = {}
+
+    async def serve(plan: Plan, name: str, *, hub: MemoryHub, inline: bool, epoch: int, **_: Any) -> None:
+        assert not inline  # each has a thread of its own
+        logging.getLogger(f"ddrl_bus.{name}").info("here")
+        served[name] = (hub, asyncio.get_running_loop(), epoch >> 32)
+
+    assert run_with(serve, bundle, folder, monkeypatch, "w-0") == 0
+    assert list(served) == ["actor-0", "learner-0"]
+    assert served["actor-0"] == served["learner-0"]
+    for name in served:
+        assert [(record["node"], record["message"]) for record in records(folder, name)] == [(name, "here")]
+
+
+def test_one_failure_ends_a_bundle_with_its_error(
+    bundle: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_dir.create(bundle, path=tmp_path / "run", command=["test"], started=0.0)
+
+    async def serve(plan: Plan, name: str, **_: Any) -> None:
+        if name == "actor-0":
+            await asyncio.Event().wait()
+        try:
+            raise EnvError("broken")
+        except EnvError:
+            logging.getLogger(f"ddrl_bus.{name}").exception("failed")
+            raise
+
+    assert run_with(serve, bundle, folder, monkeypatch, "w-0") == 65
+    assert records(folder, "actor-0") == []
+    assert [record["message"] for record in records(folder, "learner-0")] == ["failed"]
+
+
+def test_a_node_in_a_bundle_is_not_started_alone(bundle: Plan, tmp_path: Path) -> None:
+    folder = run_dir.create(bundle, path=tmp_path / "run", command=["test"], started=0.0)
+    with start(folder) as process:
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 64
+    assert output == "actor-0: quickstart: actor-0 runs in process w-0 beside learner-0; start w-0\n"
 
 
 # ── real processes ───────────────────────────────────────────────────────────────────────────────────────────────

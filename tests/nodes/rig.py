@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ddrl_bus import __version__
 from ddrl_bus.experience import Unroll, UnrollSchema
 from ddrl_bus.launch.catalog import catalog
 from ddrl_bus.messages import Control, Progress, Trajectory, Weights, fields_of, parse
-from ddrl_bus.nodes.base import KINDS, Node
+from ddrl_bus.nodes.base import Node, node_class
 from ddrl_bus.topology import Plan, load
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
@@ -43,6 +42,13 @@ links:
   weights: {kind: latest, from: learner, to: [actor, evaluator]}
 grace: 3s
 """
+WORKERS = (
+    *("nodes.learner.count=2", "nodes.learner.bundle=worker", "nodes.actor.bundle=worker"),
+    *("links.trajectories.window=1", "links.trajectories.max_lag=0", "links.weights.to=[actor]", "algo.batch=4"),
+    *("nodes.param_server.kind=param_server", "links.gradients.kind=request", "links.parameters.kind=latest"),
+    "algo.optimizer=sgd",
+)
+"""Overrides: two learners that have a parameter server apply their gradients, in whatever order they come."""
 
 
 def make_plan(folder: Path, *overrides: str, in_process: bool = True) -> Plan:
@@ -102,9 +108,7 @@ class Rig:
 
     def start(self, name: str, life: int = 1, plan: Plan | None = None) -> Living:
         plan = plan or self.plan
-        kind = plan.nodes[name].kind
-        cls: type[Node] = getattr(import_module(f"ddrl_bus.nodes.{kind}"), KINDS[kind])
-        return self.run(cls(plan, name, self.folder, epoch(life), self.hub))
+        return self.run(node_class(plan, name)(plan, name, self.folder, epoch(life), self.hub, inline=True))
 
     def run(self, node: Node) -> Living:
         stop = asyncio.Event()
@@ -220,13 +224,13 @@ def publish_weights(publisher: Publisher, number: int, arrays: Mapping[str, Arra
 
 def unroll_of(plan: Plan, envs: int, version: int = 0, *, learner_epoch: int = 0, **rows: Any) -> tuple[Arena, Any]:
     """An unroll that a learner of `plan` (on CartPole) takes; `rows` replaces arrays."""
-    schema = UnrollSchema(("float32", (4,)), ("int64", ()), {"logits": ("float32", (2,))}, plan.algo.unroll)
+    schema = UnrollSchema(("float32", (4,)), ("int64", ()), {"policy": ("float32", (2,))}, plan.algo.unroll)
     unroll = Unroll(schema.layout(envs))
     for array in unroll.rows.values():
         array[...] = 0
-    for name, value in rows.items():
+    for name, value in {"version": version, **rows}.items():
         unroll.rows[name][...] = value
-    return unroll.finish(), fields_of(Trajectory(version, learner_epoch, [], []))
+    return unroll.finish(), fields_of(Trajectory(learner_epoch, [], []))
 
 
 def progress_of(plan: Plan, role: str, **change: Any) -> Progress:

@@ -16,12 +16,12 @@ from rig import FakeController, Living, Rig, eventually, net, publish_weights, r
 from ddrl_bus.errors import EnvError
 from ddrl_bus.experience import UnrollSchema
 from ddrl_bus.messages import Trajectory, parse
-from ddrl_bus.nodes.actor import ENV_FAULTS
+from ddrl_bus.nodes.env_faults import ENV_FAULTS
 from ddrl_bus.transport.links import Publisher, Receiver
 from ddrl_bus.transport.wire import Array, Message
 
 ENVS, UNROLL = 4, 5
-SCHEMA = UnrollSchema(("float32", (2,)), ("int64", ()), {"logits": ("float32", (2,))}, UNROLL)
+SCHEMA = UnrollSchema(("float32", (2,)), ("int64", ()), {"policy": ("float32", (2,))}, UNROLL)
 
 
 class Stage:
@@ -98,11 +98,11 @@ async def test_the_version_is_the_weights_that_acted(on_stage: OnStage) -> None:
     async with on_stage() as stage:
         stage.publish(5)
         (message,) = await stage.unrolls(1)
-        said = parse(Trajectory, message)
-        assert (said.version, said.learner_epoch) == (5, 1 << 32 | 7)
+        assert message.arrays["version"].tolist() == [5] * UNROLL
+        assert parse(Trajectory, message).learner_epoch == 1 << 32 | 7
         stage.publish(6)
         async with asyncio.timeout(20):
-            while parse(Trajectory, await stage.trajectories.recv()).version != 6:
+            while (await stage.trajectories.recv()).arrays["version"][0] != 6:
                 pass
         await stage.actor.drained()
 
@@ -135,7 +135,7 @@ async def test_lock_step_plays_no_weights_twice(on_stage: OnStage) -> None:
         versions = []
         for version in range(4):
             stage.publish(version)
-            versions += [parse(Trajectory, message).version for message in await stage.unrolls(1)]
+            versions += [int(message.arrays["version"][0]) for message in await stage.unrolls(1)]
             await asyncio.sleep(0.02)
             assert stage.trajectories.try_recv() is None
         await stage.actor.drained()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import PATIENCE_S, Living, Rig, beat, eventually, json_of, progress_of, rig_of
+from rig import PATIENCE_S, WORKERS, Living, Rig, beat, eventually, json_of, progress_of, rig_of
 
 from ddrl_bus.errors import FencedError, RemoteError
 from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Progress, parse
@@ -20,6 +20,7 @@ from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Client
 
 NODES = {"actor-0": "actor", "actor-1": "actor", "learner-0": "learner", "evaluator-0": "evaluator"}
+OTHERS = {"learner-1": "learner", "param_server-0": "param_server"}
 
 
 class Stage:
@@ -34,7 +35,7 @@ class Stage:
     async def beat(self, name: str, life: int = 1, **change: Any) -> Control:
         if (name, life) not in self.clients:
             self.clients[name, life] = self.rig.client(name, life=life)
-        return await beat(self.clients[name, life], progress_of(self.rig.plan, NODES[name], **change))
+        return await beat(self.clients[name, life], progress_of(self.rig.plan, (NODES | OTHERS)[name], **change))
 
     async def everybody(self, **change: Any) -> None:
         for name in NODES:
@@ -182,6 +183,23 @@ async def test_sources_drain_before_sinks(on_stage: OnStage) -> None:
         assert stage.result()["reason"] == "stop"
 
 
+async def test_a_parameter_server_drains_after_its_workers(on_stage: OnStage) -> None:
+    async with on_stage(*WORKERS) as stage:
+        names = ["actor-0", "actor-1", "evaluator-0", "learner-0", "learner-1", "param_server-0"]
+        for name in names:
+            await stage.beat(name)
+        assert parse(Control, await stage.asked(STOP)).draining == names[:3]
+        for name in names[:4]:
+            await stage.beat(name, state="stopped")
+        assert (await stage.beat("learner-1", state="draining")).draining == names[:5]
+        await stage.beat("learner-1", state="stopped")
+        await stage.said("drain", draining=names)
+        await stage.beat("param_server-0", state="stopped", gauges={"updates": 9.0, "first_update_at": 1e9})
+        async with asyncio.timeout(PATIENCE_S):
+            await stage.controller.task
+        assert stage.result()["updates"] == 9
+
+
 async def test_the_silent_are_not_waited_for(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controllers, "DEAD_S", 0.3)
     async with on_stage() as stage:
@@ -292,6 +310,16 @@ async def test_status(on_stage: OnStage) -> None:
         "epoch": f"{1 << 32 | 7:016x}",
     }
     assert status["nodes"]["controller-0"]["state"] == "running"
+
+
+async def test_a_parameter_server_knows_how_far_the_run_is(on_stage: OnStage) -> None:
+    async with on_stage(*WORKERS) as stage:
+        for name in ("learner-0", "learner-1"):
+            await stage.beat(name, gauges={"updates": 5.0, "first_update_at": 1.0})
+        await stage.beat("param_server-0", gauges={"updates": 7.0})
+        assert (await stage.status())["updates"] == 7
+        await stage.beat("param_server-0", done="steps")
+        await stage.said("drain", reason="steps")
 
 
 async def test_steps_of_dead_lives_count(on_stage: OnStage) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import walks
-from rig import FakeController, Living, Rig, eventually, net, publish_weights, rig_of
+from rig import WORKERS, FakeController, Living, Rig, eventually, net, publish_weights, rig_of
 
 from ddrl_bus import envs
 from ddrl_bus.algos import algorithm
@@ -53,6 +53,16 @@ async def test_a_report_names_the_weights_that_were_played(tmp_path: Path) -> No
         assert (found.episodes, found.confirm) == (2, 0)
         assert 8 <= found.mean_return <= 11  # a cart that is pushed one way only drops its pole after so many steps
         await stage.evaluator.drained()
+
+
+async def test_with_a_parameter_server_its_parameters_are_played(tmp_path: Path) -> None:
+    async with rig_of(tmp_path, *WORKERS) as rig:
+        controller = rig.fake_controller()
+        publish_weights(rig.publisher("param_server-0", "parameters"), 7, leaning(0))
+        evaluator = rig.start("evaluator-0")
+        await eventually(lambda: (said := controller.last("evaluator-0")) and said.evaluation)
+        assert evaluator.node.evaluation.version == 7
+        await evaluator.drained()
 
 
 async def test_new_weights_during_an_evaluation_change_nothing(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ async def trained(folder: Path, *overrides: str, life: int = 1) -> dict[str, Any
     hub, stop = MemoryHub(), asyncio.Event()
     async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
         for name in plan.nodes:
-            tasks.create_task(serve(plan, name, run_dir=folder, epoch=epoch(life), hub=hub, stop=stop), name=name)
+            node = serve(plan, name, run_dir=folder, epoch=epoch(life), hub=hub, inline=True, stop=stop)
+            tasks.create_task(node, name=name)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 

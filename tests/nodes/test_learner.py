@@ -14,7 +14,7 @@ from rig import FakeController, Living, Rig, eventually, rig_of, unroll_of
 
 from ddrl_bus import checkpoint
 from ddrl_bus.algos.base import Batch
-from ddrl_bus.errors import RefusedFileError
+from ddrl_bus.errors import RefusedFileError, UsageError
 from ddrl_bus.messages import Weights, parse
 from ddrl_bus.transport.links import Sender, Subscriber
 from ddrl_bus.transport.wire import Arena
@@ -110,6 +110,35 @@ async def test_publish_every(on_stage: OnStage) -> None:
         await stage.learner.drained()
 
 
+async def test_delay_publishes_what_was_the_newest_so_many_updates_ago(on_stage: OnStage) -> None:
+    async with on_stage("nodes.learner.delay=2") as stage:
+        assert (await stage.version(0)).updates == 0
+        arrays = [stage.algo.weights()]
+        for n in range(1, 6):
+            await stage.send(version=max(0, n - 3), reward=n)
+            await stage.updated(n)
+            arrays.append(stage.algo.weights())
+            if n <= 2:
+                await asyncio.sleep(0.01)
+                assert stage.weights.latest() is None
+                continue
+            async with asyncio.timeout(30):
+                message = await stage.weights.next()
+            assert parse(Weights, message) == Weights(env_steps=(n - 2) * ROWS, updates=n - 2)
+            for name, array in arrays[n - 2].items():
+                np.testing.assert_array_equal(message.arrays[name], array, name)
+        assert stage.learner.node.gauge()["lag_max"] == 2
+        stage.controller.say(phase="confirm", confirm=1)
+        assert await stage.version(5) == Weights(env_steps=5 * ROWS, updates=5, confirm=1)
+        await stage.learner.drained()
+
+
+async def test_a_delay_that_starves_the_learner_is_refused(on_stage: OnStage) -> None:
+    async with on_stage("nodes.learner.delay=3", "links.trajectories.max_lag=2") as stage:
+        with pytest.raises(UsageError, match=r"nodes\.learner\.delay: got 3, expected at most .* which is 2"):
+            await stage.learner.task
+
+
 async def test_columns_of_several_actors_fill_a_batch(on_stage: OnStage) -> None:
     """Behaviour versions stand at their columns; rows and final rows are where the schema says."""
     async with on_stage() as stage:
@@ -124,7 +153,7 @@ async def test_columns_of_several_actors_fill_a_batch(on_stage: OnStage) -> None
     assert batch.obs.shape == (UNROLL + 1, BATCH, 4)
     assert batch.reward.tolist() == [[1.0] * 3 + [2.0] * 5] * UNROLL
     assert batch.terminated.tolist() == [[False] * 3 + [True] * 5] * UNROLL
-    assert batch.record["logits"].shape == (UNROLL, BATCH, 2)
+    assert batch.record["policy"].shape == (UNROLL, BATCH, 2)
     assert len(batch.final_index) == len(batch.final_obs) == 0
 
 

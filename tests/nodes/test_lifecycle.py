@@ -34,7 +34,7 @@ class Probe(Node):
     role: ClassVar[str] = "actor"
 
     def __init__(self, rig: Rig, start: Callable[[Probe], Awaitable[None]], run: Callable[[Probe], Awaitable[None]]):
-        super().__init__(rig.plan, "actor-0", rig.folder, epoch(1), rig.hub)
+        super().__init__(rig.plan, "actor-0", rig.folder, epoch(1), rig.hub, inline=True)
         self._start_, self._run_ = start, run
 
     async def start(self) -> None:

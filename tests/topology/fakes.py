@@ -39,10 +39,27 @@ WIRING: Mapping[str, Mapping[str, object]] = {
     "weights": {"kind": "latest", "from": "learner", "to": ["actor", "evaluator"]},
 }
 CATALOG = Catalog({"impala": AlgorithmEntry(Config, WIRING)})
+SYSTEMS = Catalog(dict.fromkeys(["impala", "a2c", "appo"], CATALOG.algorithms["impala"]))
+"""For the reference files."""
 
 HEAD = "name: t\nenv: {id: CartPole-v1}\nalgo: {name: impala}\n"
 NODES = "nodes: {actor: {count: 2, envs: 32}, learner: {}}\n"
 BASE = HEAD + NODES
+
+# The wirings of the reference files, small. Line 4 is `nodes:`, line 5 `links:`.
+LOCK_STEP = "{from: actor, to: learner, window: 1, max_lag: 0}"
+A3C = (
+    HEAD.replace("impala", "impala, batch: 16")
+    + "nodes: {actor: {count: 2, envs: 16, bundle: w}, learner: {count: 2, bundle: w}, param_server: {}}\n"
+    + f"links:\n  trajectories: {LOCK_STEP}\n  weights: {{from: learner, to: actor}}\n"
+    + "  gradients: {from: learner, to: param_server}\n  parameters: {from: param_server, to: evaluator}\n"
+)
+GA3C = (
+    HEAD
+    + "nodes: {actor: {count: 2, envs: 32}, inference: {}, learner: {}}\n"
+    + "links:\n  act: {}\n  trajectories: {from: actor}\n  weights: {to: [inference, evaluator]}\n"
+)
+SEED = GA3C.replace("{from: actor}", "{from: inference}")
 
 
 def load_text(tmp_path: Path, text: str | bytes, *overrides: str, **options: Any) -> Plan:

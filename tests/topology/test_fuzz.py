@@ -42,8 +42,8 @@ def hold(folder: Path, plan: Plan) -> None:
 
 keys = st.sampled_from(
     [*field_names(Settings), *SECTIONS, *KINDS, *field_names(LinkSettings), *field_names(Config), "trajectories"]
-    + [name for kind in KINDS.values() for name in field_names(kind.options)]
-    + ["weights", "control", "progress", "id", "kwargs", "local", "steps", "every"]
+    + [name for options in KINDS.values() for name in field_names(options)]
+    + ["weights", "act", "gradients", "parameters", "control", "progress", "id", "kwargs", "local", "steps", "every"]
 ) | st.text(max_size=6)
 words = st.sampled_from(
     [
@@ -51,6 +51,8 @@ words = st.sampled_from(
         "actor",
         "learner",
         "evaluator",
+        "inference",
+        "param_server",
         "queue",
         "latest",
         "local",
@@ -68,6 +70,7 @@ trees = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=6), max_leaves=20
 )
 SEEDS = [BASE, *(path.read_text() for path in sorted(TOPOLOGIES.glob("*.yaml")))]
+SEEDS = [text.replace("name: a2c,", "name: impala,").replace("name: a2c}", "name: impala}") for text in SEEDS]
 
 
 @settings(max_examples=80, deadline=None)

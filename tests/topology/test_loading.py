@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,11 +10,11 @@ from typing import Annotated, Any
 import pydantic
 import pytest
 
-from ddrl_bus.topology import load
-from ddrl_bus.topology.schema import ActorOptions, EvaluatorOptions, Size, split_address
+from ddrl_bus.topology import Catalog, load
+from ddrl_bus.topology.schema import ActorOptions, EvaluatorOptions, InferenceOptions, Size, split_address
 from ddrl_bus.topology.tree import came, resolve
 
-from .fakes import BASE, CATALOG, HEAD, Config, load_text
+from .fakes import BASE, CATALOG, GA3C, HEAD, SEED, WIRING, Config, load_text
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_the_algorithms_wiring_is_used_when_links_are_left_out(tmp_path: Path) -
     written = "links:\n  trajectories: {kind: queue, from: actor, to: learner, window: 2}\n"
     written += "  weights: {kind: latest, from: learner, to: [actor, evaluator]}\n"
     assert load_text(tmp_path, BASE) == load_text(tmp_path, BASE + written)
-    assert list(load_text(tmp_path, BASE).links) == ["trajectories", "weights", "control", "progress"]
+    assert list(load_text(tmp_path, BASE).links) == ["trajectories", "weights", "progress", "control"]
 
 
 def test_an_evaluator_is_left_out_by_a_count_of_zero(tmp_path: Path) -> None:
@@ -129,6 +130,53 @@ def test_an_evaluator_is_left_out_by_a_count_of_zero(tmp_path: Path) -> None:
 def test_lock_step_fits_when_one_round_is_one_batch(tmp_path: Path) -> None:
     plan = load_text(tmp_path, BASE, "links.trajectories={window: 1, max_lag: 0}")
     assert (plan.links["trajectories"].window, plan.links["trajectories"].max_lag) == (1, 0)
+
+
+def test_a_file_picks_its_links_among_the_ports(tmp_path: Path) -> None:
+    """What it writes replaces the algorithm's wiring; at an end that it leaves out is whoever may be there."""
+    plan = load_text(tmp_path, SEED)
+    ends = {name: (link.kind, link.sources, link.targets) for name, link in plan.links.items()}
+    del ends["progress"], ends["control"]
+    assert ends == {
+        "act": ("request", ("actor",), ("inference",)),
+        "trajectories": ("queue", ("inference",), ("learner",)),
+        "weights": ("latest", ("learner",), ("inference", "evaluator")),
+    }
+    assert plan.links["trajectories"].window == 2
+    assert plan.groups["inference"] == InferenceOptions(host=("local",))
+
+
+def test_a_file_that_writes_its_links_takes_nothing_from_the_algorithms(tmp_path: Path) -> None:
+    wiring = {"trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 1, "max_lag": 0}}
+    entry = dataclasses.replace(CATALOG.algorithms["impala"], wiring=WIRING | wiring)
+    catalog = Catalog({"impala": entry})
+    assert load_text(tmp_path, BASE, catalog=catalog).links["trajectories"].max_lag == 0
+    plan = load_text(tmp_path, GA3C, catalog=catalog)
+    assert (plan.links["trajectories"].window, plan.links["trajectories"].max_lag) == (2, None)
+    assert load_text(tmp_path, plan.lock(), catalog=catalog) == plan
+
+
+def test_overrides_may_add_a_link_to_those_of_a_file_or_an_algorithm(tmp_path: Path) -> None:
+    changes = ("nodes.inference={}", "links.act={}", "links.weights.to=[inference, evaluator]")
+    assert load_text(tmp_path, BASE, *changes).links.keys() == load_text(tmp_path, GA3C).links.keys()
+    written = "links: {trajectories: {from: actor}, weights: {}}\n"
+    assert load_text(tmp_path, BASE + written, *changes).links.keys() == load_text(tmp_path, GA3C).links.keys()
+
+
+def test_central_inference_fills_any_batch(tmp_path: Path) -> None:
+    """How many columns its unrolls have is not the actors' to say."""
+    assert load_text(tmp_path, SEED, "algo.batch=4096").algo.batch == 4096
+
+
+@pytest.mark.parametrize("value", [3, "auto"])
+def test_predictors_are_counted_or_found(value: Any, tmp_path: Path) -> None:
+    plan = load_text(tmp_path, GA3C, f"nodes.inference={{predictors: {value}, wait: 2ms}}")
+    assert plan.groups["inference"] == InferenceOptions(predictors=value, wait=0.002, host=("local",))
+
+
+def test_a_queue_may_name_its_codec(tmp_path: Path) -> None:
+    assert load_text(tmp_path, BASE).links["trajectories"].codec == "auto"
+    assert load_text(tmp_path, BASE, "links.trajectories.codec=lz4").links["trajectories"].codec == "lz4"
 
 
 # ── variables ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,9 +11,11 @@ import pytest
 from ddrl_bus.errors import EnvError, SecurityError, TopologyError, UsageError
 from ddrl_bus.topology import Catalog, EnvSettings, load
 
-from .fakes import BASE, CATALOG, HEAD, NODES, load_text, problems
+from .fakes import A3C, BASE, CATALOG, GA3C, HEAD, NODES, SEED, load_text, problems
 
 LINKS = "links:\n  trajectories: {from: actor, to: learner}\n  weights: {to: [actor, evaluator]}\n"
+GRADIENTS = "  gradients: {from: learner, to: param_server}\n"
+PARAMETERS = "  parameters: {from: param_server, to: evaluator}\n"
 HOSTS = "hosts: {a: 127.0.0.1, b: 127.0.0.2}\n"
 
 MISTAKES = {
@@ -148,10 +150,37 @@ MISTAKES = {
         "links.trajectories.from",
         "no sender: no group of kind actor",
     ),
-    "bundle": (
-        HEAD + "nodes:\n  actor: {envs: 64, bundle: ‹w}\n  learner: {}\n",
+    "two parameter servers": (
+        A3C.replace("param_server: {}", "param_server: {count: ‹2}"),
+        "nodes.param_server.count",
+        "2 nodes of kind param_server, expected 1: shards cannot be split yet",
+    ),
+    "predictors": (
+        GA3C.replace("inference: {}", "inference: {predictors: ‹many}"),
+        "nodes.inference.predictors",
+        "got 'many', expected a whole number of at least 1, or auto",
+    ),
+    # bundles
+    "bundle name": (A3C.replace("2, bundle: w}", "2, bundle: ‹W}"), "nodes.learner.bundle", "expected text like"),
+    "bundle of a controller": (
+        A3C.replace("param_server: {}", "param_server: {}, controller: {bundle: ‹w}"),
+        "nodes.controller.bundle",
+        "a controller runs in a process of its own",
+    ),
+    "bundle named as a group": (
+        HEAD + "nodes: {actor: {envs: 64, bundle: ‹learner}, learner: {}}\n",
         "nodes.actor.bundle",
-        "bundles cannot run yet",
+        "got 'learner', but a group has that name",
+    ),
+    "bundle with two groups of a kind": (
+        HEAD + "nodes: {a: {kind: actor, envs: 64, bundle: w}, b: {kind: actor, bundle: ‹w}, learner: {}}\n",
+        "nodes.b.bundle",
+        "a and b are both of kind actor; a bundle holds one group of a kind",
+    ),
+    "bundle across hosts": (
+        A3C.replace("2, bundle: w}", "2, host: b, bundle: ‹w}") + HOSTS,
+        "nodes.learner.bundle",
+        "learner and actor are on different hosts; a bundle needs the same `host`",
     ),
     "uneven bundle": (
         HEAD + "nodes:\n  actor: {count: 2, envs: 64, bundle: w}\n  learner: {bundle: ‹w}\n",
@@ -194,12 +223,12 @@ MISTAKES = {
     "unknown link": (
         BASE + LINKS + "  ‹weight: {}\n",
         "links.weight",
-        "impala has no such port: trajectories is queue, actor → learner; weights is .*did you mean 'weights'",
+        "no such port; expected one of act, gradients, parameters, trajectories, weights; did you mean 'weights'",
     ),
     "missing link": (
-        BASE + "links:\n  ‹trajectories: {}\n",
-        "links.weights",
-        "missing; expected latest, learner → actor, evaluator",
+        BASE.replace("actor: {", "actor: ‹{") + "links:\n  trajectories: {}\n",
+        "nodes.actor",
+        "holds no end of weights or act, but every actor does: .*name it in links.weights.to or links.act.from",
     ),
     "unknown link key": (BASE + LINKS.replace("to: l", "‹too: l"), "links.trajectories.too", "did you mean 'to'"),
     "unknown link kind": (
@@ -210,7 +239,7 @@ MISTAKES = {
     "wrong link kind": (
         BASE + LINKS.replace("{from", "{kind: ‹latest, from"),
         "links.trajectories.kind",
-        "got 'latest', expected queue: trajectories is queue, actor → learner",
+        "got 'latest', expected queue: trajectories is queue, actor, inference → learner",
     ),
     "wrong kind of system link": (
         BASE + "links: " + "{control: {kind: ‹queue}, trajectories: {}, weights: {}}",
@@ -234,16 +263,105 @@ MISTAKES = {
     ),
     "named twice": (BASE + LINKS.replace("[actor", "[actor, ‹actor"), "links.weights.to", "stands here twice"),
     "left out": (
-        BASE + LINKS.replace("[actor, evaluator]", "‹actor"),
-        "links.weights.to",
-        "evaluator is left out, .*name it here, or set nodes.evaluator.count: 0",
+        HEAD
+        + "nodes: {fast: {kind: actor, envs: 64}, slow: {kind: actor}, learner: {}}\n"
+        + LINKS.replace("from: actor", "from: ‹fast"),
+        "links.trajectories.from",
+        "slow is left out, but every actor holds an end .*name it here, or set nodes.slow.count: 0",
+    ),
+    "left out of a system link": (
+        BASE + LINKS + "  control: {to: ‹[actor, learner]}\n",
+        "links.control.to",
+        "evaluator is left out, but every evaluator holds an end of control",
     ),
     "no end": (BASE + LINKS.replace("to: [actor, evaluator]", "to: ‹[]"), "links.weights.to", "a name or a list"),
+    "codec": (BASE + LINKS.replace("{from", "{codec: ‹zip, from"), "links.trajectories.codec", "one of lz4, none"),
+    "codec of weights": (BASE + LINKS.replace("{to", "{‹codec: lz4, to"), "links.weights.codec", "only a queue has it"),
     "no window": (BASE + LINKS.replace("{to", "{‹window: 2, to"), "links.weights.window", "only a queue has it"),
     "window": (BASE + LINKS.replace("{from", "{window: ‹0, from"), "links.trajectories.window", "at least 1"),
     "loss": (BASE + LINKS.replace("{from", "{on_loss: ‹drop, from"), "links.trajectories.on_loss", "count, resend"),
     "lag": (BASE + LINKS.replace("{from", "{max_lag: ‹-1, from"), "links.trajectories.max_lag", "at least 0"),
     "links is a list": (BASE + "links: ‹[weights]\n", "links", "got a list, expected a mapping of links"),
+    # roles
+    "evaluator without weights": (
+        BASE.replace("nodes: {", "nodes: ‹{") + LINKS.replace("[actor, evaluator]", "actor"),
+        "nodes.evaluator",
+        "holds no end of weights or parameters, .*or set nodes.evaluator.count: 0",
+    ),
+    "actor with weights and act": (
+        GA3C.replace("act: {}", "act: {from: ‹actor}").replace("[inference", "[actor, inference"),
+        "links.act.from",
+        "actor holds weights and act, expected one of them: it plays by weights of its own, or asks",
+    ),
+    "learner without trajectories": (
+        BASE.replace("learner: {}", "learner: ‹{}") + "links:\n  weights: {}\n",
+        "nodes.learner",
+        "holds no end of trajectories, but every learner does",
+    ),
+    "inference that nobody asks": (
+        GA3C.replace("inference: {}", "inference: ‹{}").replace("  act: {}\n", "").replace("to: [", "to: [actor, "),
+        "nodes.inference",
+        "holds no end of act, but every inference does: actors ask it there",
+    ),
+    "inference without weights": (
+        GA3C.replace("inference: {}", "inference: ‹{}").replace("[inference, evaluator]", "evaluator"),
+        "nodes.inference",
+        "holds no end of weights, but every inference does",
+    ),
+    "inference that stands idle": (
+        BASE.replace("learner: {}", "learner: {}, inference: ‹{}"),
+        "nodes.inference",
+        "holds no end of act, .*or set nodes.inference.count: 0",
+    ),
+    "trajectories from both": (
+        SEED.replace("{from: inference}", "{from: ‹[actor, inference]}"),
+        "links.trajectories.from",
+        "actor and inference nodes would both send what the same environments play",
+    ),
+    "trajectories from inference that nobody asks": (
+        BASE.replace("learner: {}", "learner: {}, inference: ‹{}")
+        + "links:\n  trajectories: {from: inference}\n  weights: {to: [actor, inference, evaluator]}\n",
+        "nodes.inference",
+        "holds no end of act, but every inference does",
+    ),
+    "environments in unequal parts": (
+        GA3C.replace("envs: 32", "envs: 32, groups: ‹3"),
+        "nodes.actor.groups",
+        "got 3, expected a divisor of nodes.actor.envs, which is 32",
+    ),
+    "parameter server that stands idle": (
+        BASE.replace("learner: {}", "learner: {}, param_server: ‹{}"),
+        "nodes.param_server",
+        "holds no end of gradients, but every param_server does",
+    ),
+    "evaluator with weights and parameters": (
+        A3C.replace("to: evaluator", "to: ‹evaluator").replace("to: actor", "to: [actor, evaluator]"),
+        "links.parameters.to",
+        "evaluator holds weights and parameters, expected one of them",
+    ),
+    "evaluator of a worker": (
+        A3C.replace("to: actor}", "to: ‹[actor, evaluator]}").replace(PARAMETERS, ""),
+        "links.weights.to",
+        "evaluator would play a worker's copy; name it in links.parameters.to instead",
+    ),
+    "two learners without gradients": (
+        A3C.replace("learner: {count: 2", "learner: {count: ‹2")
+        .replace(", param_server: {}", "")
+        .replace(GRADIENTS + PARAMETERS, "")
+        .replace("to: actor}", "to: [actor, evaluator]}"),
+        "nodes.learner.count",
+        "2 nodes of kind learner, expected 1: several learn together only by gradients",
+    ),
+    "two learners without a bundle": (
+        A3C.replace("{count: 2, bundle: w}", "‹{count: 2}"),
+        "nodes.learner.bundle",
+        "got nothing, but each of 2 learners plays with actors of its own: give learner and all",
+    ),
+    "two learners with actors elsewhere": (
+        A3C.replace("16, bundle: w", "16, bundle: ‹v"),
+        "nodes.actor.bundle",
+        "got 'v', but each of 2 learners plays with actors of its own",
+    ),
     # does it fit
     "batch never fills": (
         BASE.replace("impala", "impala, batch: ‹129"),
@@ -270,6 +388,11 @@ MISTAKES = {
         BASE.replace("impala", "impala, batch: ‹32") + LINKS.replace("{from", "{max_lag: 0, window: 1, from"),
         "algo.batch",
         "got 32, expected 64 .*rounds would mix",
+    ),
+    "lock-step batch of a bundle": (
+        A3C.replace("batch: 16", "batch: ‹32"),
+        "algo.batch",
+        r"got 32, expected 16 \(actors × envs: 1 × 16 in each w\)",
     ),
     "reward without evaluator": (
         BASE.replace("learner: {}", "learner: {}, evaluator: {count: 0}") + "stop: {reward: ‹475}\n",
@@ -306,7 +429,16 @@ def test_a_mistake_names_its_place(name: str, tmp_path: Path) -> None:
     assert re.search(message, at_place[0].message), at_place[0].message
 
 
-LONE = set(MISTAKES) - {"empty", "uneven bundle", "no actor", "no learner"}  # these break several rules
+SEVERAL = {  # rules are broken by these
+    "empty",
+    "uneven bundle",
+    "no actor",
+    "no learner",
+    "missing link",
+    "inference that stands idle",
+    "evaluator with weights and parameters",
+}
+LONE = set(MISTAKES) - SEVERAL
 
 
 @pytest.mark.parametrize("name", sorted(LONE))
@@ -476,8 +608,8 @@ def test_an_environment_that_cannot_be_made_is_an_env_error(tmp_path: Path) -> N
     assert "env.id" in [p.path for p in found]
 
 
-def test_an_algorithm_whose_nodes_do_not_exist_yet_is_refused(tmp_path: Path) -> None:
+def test_an_algorithm_whose_ports_do_not_exist_yet_is_refused(tmp_path: Path) -> None:
     wiring = {"samples": {"kind": "request", "from": "learner", "to": "replay"}}
     entry = dataclasses.replace(CATALOG.algorithms["impala"], wiring=wiring)
-    found = problems(tmp_path, BASE, catalog=Catalog({"impala": entry}))
-    assert "impala needs nodes of kind learner that send samples; there are none" in [p.message for p in found]
+    (found,) = problems(tmp_path, BASE, catalog=Catalog({"impala": entry}))
+    assert (found.path, found.message[:12]) == ("links.samples", "no such port")

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
-from ddrl_bus.errors import SecurityError
+from ddrl_bus.errors import SecurityError, UsageError
 from ddrl_bus.topology import Plan, load, show
-from ddrl_bus.topology.schema import KINDS, json_schema
+from ddrl_bus.topology.schema import KINDS, PORTS, json_schema
 
-from .fakes import BASE, CATALOG, HEAD, TOPOLOGIES, load_text
+from .fakes import A3C, BASE, CATALOG, GA3C, HEAD, SEED, SYSTEMS, TOPOLOGIES, load_text
 
 TWO_HOSTS = (
     HEAD
@@ -80,8 +81,11 @@ def test_in_one_process_everything_is_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"in_process": True}])
-def test_every_end_binds_or_connects_and_every_connection_is_bound(options: dict[str, bool], tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, TWO_HOSTS, **options)
+@pytest.mark.parametrize("text", [TWO_HOSTS, A3C, SEED])
+def test_every_end_binds_or_connects_and_every_connection_is_bound(
+    text: str, options: dict[str, bool], tmp_path: Path
+) -> None:
+    plan = plan_of(tmp_path, text, **options)
     ports = [(name, port) for name in plan.nodes for port in plan.ports(name).values()]
     bound = {address for _, port in ports for address in port.binds}
     for name, port in ports:
@@ -89,6 +93,68 @@ def test_every_end_binds_or_connects_and_every_connection_is_bound(options: dict
         assert set(port.peers.values()) <= bound
     with pytest.raises(KeyError):
         plan.ports("actor-9")
+
+
+# ── bundles ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("options", [{}, {"in_process": True}])
+def test_inside_a_bundle_links_are_memory_between_nodes_of_one_index(options: dict[str, bool], tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, A3C, **options)
+    for index in range(2):
+        actor, learner = plan.ports(f"actor-{index}"), plan.ports(f"learner-{index}")
+        assert learner["trajectories"].binds == (f"memory://learner-{index}.trajectories",)
+        assert actor["trajectories"].peers == {f"learner-{index}": f"memory://learner-{index}.trajectories"}
+        assert actor["weights"].peers == {f"learner-{index}": f"memory://learner-{index}.weights"}
+        assert list(learner["gradients"].peers) == ["param_server-0"]
+    scheme = "memory" if options else "ipc"
+    assert plan.ports("param_server-0")["gradients"].binds[0].startswith(f"{scheme}:")
+
+
+def test_the_nodes_of_one_index_of_a_bundle_are_one_process(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, A3C)
+    assert {process: [node.name for node in nodes] for process, nodes in plan.processes.items()} == {
+        "w-0": ["actor-0", "learner-0"],
+        "w-1": ["actor-1", "learner-1"],
+        "param_server-0": ["param_server-0"],
+        "evaluator-0": ["evaluator-0"],
+        "controller-0": ["controller-0"],
+    }
+    assert plan.process("w-1") == plan.processes["w-1"]
+    with pytest.raises(UsageError, match="actor-1 runs in process w-1 beside learner-1; start w-1"):
+        plan.process("actor-1")
+    with pytest.raises(UsageError, match="no node 'w-2'; have w-0, w-1, param_server-0"):
+        plan.process("w-2")
+
+
+def test_a_link_that_leaves_a_bundle_has_one_backend_and_joins_its_members_by_index(tmp_path: Path) -> None:
+    """The evaluator is outside, so weights are on ipc for the actor of the same process too."""
+    plan = plan_of(tmp_path, HEAD + "nodes: {actor: {envs: 64, bundle: w}, learner: {bundle: w}}\n")
+    assert plan.ports("learner-0")["trajectories"].binds == ("memory://learner-0.trajectories",)
+    (address,) = plan.ports("learner-0")["weights"].binds
+    assert address.startswith("ipc:")
+    assert plan.ports("actor-0")["weights"].peers == plan.ports("evaluator-0")["weights"].peers
+    assert plan.ports("evaluator-0")["weights"].peers == {"learner-0": address}
+
+    asked = GA3C.replace("inference: {}", "inference: {count: 2, bundle: v}").replace("32}", "32, bundle: v}")
+    asked = asked.replace("learner: {}", "learner: {}, out: {kind: actor}").replace(
+        "{from: actor}", "{from: [actor, out]}"
+    )
+    plan = plan_of(tmp_path, asked)
+    assert list(plan.ports("actor-1")["act"].peers) == ["inference-1"]
+    assert list(plan.ports("out-0")["act"].peers) == ["inference-0", "inference-1"]
+
+
+def test_members_of_a_bundle_need_no_port_for_each_other_on_other_hosts(tmp_path: Path) -> None:
+    text = A3C.replace("bundle: w", "bundle: w, host: [a, b]").replace("param_server: {}", "param_server: {host: a}")
+    plan = plan_of(tmp_path, text + "hosts: {a: 10.0.0.1, b: 10.0.0.2}\ninsecure: true\n")
+    far = {f"{name}.{link}": bind.far for (name, link), bind in plan.binds.items() if bind.far}
+    assert far == {
+        "controller-0.progress": "tcp://10.0.0.1:7077",
+        "controller-0.control": "tcp://10.0.0.1:7078",
+        "param_server-0.gradients": "tcp://10.0.0.1:7079",
+    }
+    assert [node.process for node in plan.on_host("b")] == ["w-1", "w-1"]
 
 
 def test_two_hosts_compute_the_same_plan(tmp_path: Path) -> None:
@@ -120,6 +186,10 @@ def test_the_run_id_follows_the_content_unless_it_is_given(tmp_path: Path) -> No
         BASE.replace("impala", "impala, clip: null, lr: 1e-07") + "stop: {reward: .inf, time: 1h}\n",
         BASE + "links: {trajectories: {max_lag: 0, window: 1, on_loss: resend}, weights: {insecure: true}}\n",
         HEAD + "nodes: {evaluator: {count: 0}, b: {kind: actor, envs: 64}, a: {kind: actor}, learner: {}}\n",
+        BASE + "links: {trajectories: {codec: none}, weights: {}}\n",
+        A3C,
+        GA3C.replace("inference: {}", "inference: {predictors: auto, wait: 2ms}"),
+        SEED,
     ],
 )
 def test_a_lock_reads_back_to_the_same_plan(text: str, tmp_path: Path) -> None:
@@ -159,11 +229,23 @@ def test_a_lock_quotes_what_would_be_read_otherwise(text: str, tmp_path: Path) -
 # ── reference files, figures, schema ─────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["quickstart", "impala", "two-hosts"])
-def test_reference_topologies_load(name: str) -> None:
-    plan = load(TOPOLOGIES / f"{name}.yaml", catalog=CATALOG, environ=ENVIRON)
-    assert plan.name == name
-    assert set(plan.links) == {"trajectories", "weights", "control", "progress"}
+IMPALA = {"trajectories", "weights"}
+REFERENCE = dict.fromkeys(["quickstart", "impala", "two-hosts", "a2c", "appo", "torchbeast_mono"], IMPALA)
+REFERENCE |= dict.fromkeys(["ga3c", "seed", "torchbeast_poly"], IMPALA | {"act"})
+REFERENCE |= {"a3c": IMPALA | {"gradients", "parameters"}}
+
+
+@pytest.mark.parametrize("path", sorted(TOPOLOGIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_reference_topologies_load_and_spell_their_links_out(path: Path) -> None:
+    plan = load(path, catalog=SYSTEMS, environ=ENVIRON)
+    assert plan.name == path.stem
+    assert set(plan.links) == REFERENCE[path.stem] | {"control", "progress"}
+    spelt = {name: {"kind", "from", "to"} for name in REFERENCE[path.stem]}
+    tree = YAML(typ="safe").load(path)
+    assert (
+        "extends" in tree
+        or {name: link.keys() & {"kind", "from", "to"} for name, link in tree["links"].items()} == spelt
+    )
 
 
 def test_two_hosts_is_refused_without_its_line_on_security() -> None:
@@ -176,11 +258,8 @@ def test_two_hosts_is_refused_without_its_line_on_security() -> None:
 def test_text_shows_nodes_by_host_and_links_with_their_ends(tmp_path: Path) -> None:
     lines = show.text(plan_of(tmp_path, TWO_HOSTS)).splitlines()
     assert lines[0] == "t  run r  algorithm impala  env CartPole-v1  seed 1"
-    assert lines[2:5] == [
-        "host a (10.0.0.1)",
-        "  actor-1          actor       envs=32",
-        "  learner-0        learner     device=auto  publish_every=1",
-    ]
+    assert lines[2:4] == ["host a (10.0.0.1)", "  actor-1          actor       envs=32"]
+    assert lines[4].startswith("  learner-0        learner     device=auto  publish_every=1")
     at = lines.index("  trajectories     actor → learner  queue, window 2, on_loss count, insecure")
     assert lines[at + 2] == "    learner-0 binds tcp://10.0.0.1:7079"
 
@@ -202,10 +281,31 @@ def test_mermaid_draws_groups_per_host_and_links_between_them(tmp_path: Path) ->
     )
 
 
+def test_bundles_are_shown(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, A3C)
+    assert "  actor-1          actor       envs=16  process=w-1" in show.text(plan).splitlines()
+    assert "  inference-0      inference   " in show.text(asked := plan_of(tmp_path, SEED))
+    assert "  actor-1          actor       envs=32  groups=2" in show.text(asked).splitlines()
+    assert show.mermaid(plan) == (
+        "flowchart LR\n"
+        '  subgraph h0["local (127.0.0.1)"]\n'
+        '    subgraph h0_w["w × 2"]\n'
+        '      n0["actor"]\n      n1["learner"]\n'
+        "    end\n"
+        '    n2["param_server"]\n    n3["evaluator"]\n    n4["controller"]\n'
+        "  end\n"
+        '  n0 -- "trajectories: queue, window 1" --> n1\n'
+        '  n1 -- "weights: latest" --> n0\n'
+        '  n1 -- "gradients: request" --> n2\n'
+        '  n2 -- "parameters: latest" --> n3\n'
+    )
+
+
 def test_the_json_schema_describes_every_key(tmp_path: Path) -> None:
     schema = json_schema(CATALOG)
     assert set(schema["properties"]) >= {"name", "extends", "env", "algo", "nodes", "links", "hosts", "insecure"}
     assert set(schema["properties"]["nodes"]["properties"]) == set(KINDS)
+    assert set(schema["properties"]["links"]["properties"]) == {*PORTS, "control", "progress"}
     (impala,) = schema["properties"]["algo"]["anyOf"]
     assert impala["properties"]["name"] == {"const": "impala"}
     assert impala["properties"]["lr"]["description"] == "Adam's step size."

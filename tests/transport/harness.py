@@ -20,7 +20,7 @@ from ddrl_bus.transport.ledger import Balance, Ledger, audit
 from ddrl_bus.transport.links import Check, Client, Publisher, Receiver, Sender, Server, Subscriber, life
 from ddrl_bus.transport.memory import MemoryHub
 from ddrl_bus.transport.sessions.queue import OnLoss
-from ddrl_bus.transport.wire import Arena, Layout, Message
+from ddrl_bus.transport.wire import Arena, Codec, Layout, Message
 
 SMALL = Layout("unroll", {"v": ("int64", (4,))})
 LARGE = Layout("unroll", {"v": ("int64", (20_000,))})  # 160 KB: leaves the sender without a copy
@@ -127,9 +127,15 @@ class Net:
         return self.bus(node, epoch).receiver("data", [self.address(node)], window, on_loss, check)
 
     def sender(
-        self, node: str = "actor", epoch: int = 1, *, to: tuple[str, ...] = ("learner",), on_loss: OnLoss = "count"
+        self,
+        node: str = "actor",
+        epoch: int = 1,
+        *,
+        to: tuple[str, ...] = ("learner",),
+        on_loss: OnLoss = "count",
+        codec: Codec = "auto",
     ) -> Sender:
-        return self.bus(node, epoch).sender("data", {name: self.address(name) for name in to}, on_loss)
+        return self.bus(node, epoch).sender("data", {name: self.address(name) for name in to}, on_loss, codec)
 
     def publisher(self, epoch: int = 1) -> Publisher:
         return self.bus("publisher", epoch).publisher("weights", [self.address("publisher")])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from ddrl_bus.transport.sessions import request
 from ddrl_bus.transport.sessions.request import CACHE, REPEAT_S, Due, RequestClient, RequestServer
 
 C = ("actor-0", 1)
@@ -106,3 +109,53 @@ def test_an_answer_to_nobody_is_dropped() -> None:
     core: RequestServer[str] = RequestServer()
     core.answer("stranger", 1, 1, "hello?")
     assert core.arrived("stranger", 1, 1) == "new"
+
+
+def test_a_client_names_the_oldest_request_that_it_waits_for() -> None:
+    core = client(5.0, 5.0, 5.0)
+    assert core.oldest == 1
+    core.answered(2)
+    assert core.oldest == 1
+    core.abandon(1)
+    assert core.oldest == 3
+    core.answered(3)
+    assert core.oldest == 3  # nothing is waited for
+    assert core.next_id() == core.oldest == 4
+
+
+def test_what_the_client_waits_for_no_more_is_forgotten() -> None:
+    core: RequestServer[str] = RequestServer()
+    for number in (1, 2, 3):
+        core.arrived(*C, number)
+    core.answer(*C, 1, "first")
+    core.answer(*C, 3, "third")
+    assert core.arrived(*C, 4, oldest=3) == "new"
+    assert [core.arrived(*C, n) for n in (1, 2, 3)] == ["old", "old", ("third",)]
+    core.answer(*C, 2, "too late")
+    assert core.arrived(*C, 2) == "old"
+    assert core.arrived(*C, 1, oldest=1) == "old"  # what was said before comes late
+
+
+def test_nobody_waits_for_what_was_not_asked() -> None:
+    core: RequestServer[str] = RequestServer()
+    assert core.arrived(*C, 1, oldest=1000) == "new"
+    assert core.arrived(*C, 2) == "new"
+
+
+def test_one_answer_is_kept_of_a_client_that_asks_one_by_one() -> None:
+    core: RequestServer[str] = RequestServer()
+    for number in range(1, 100):
+        assert core.arrived(*C, number, oldest=number) == "new"
+        core.answer(*C, number, "done")
+        assert len(core._peers["actor-0"].answers) == 1
+
+
+def test_clients_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has been silent for longest is forgotten."""
+    monkeypatch.setattr(request, "MAX_CLIENTS", 3)
+    core: RequestServer[str] = RequestServer()
+    for name in ("a", "b", "c", "a", "d"):
+        core.arrived(name, 1, 1)
+    assert list(core._peers) == ["c", "a", "d"]
+    core.answer("b", 1, 1, "who asked?")
+    assert core.arrived("a", 1, 1) == "running"

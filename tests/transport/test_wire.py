@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lz4.block
 import msgpack
 import numpy as np
 import pytest
@@ -32,10 +33,10 @@ DTYPE = st.sampled_from([DTYPES[name] for name in DTYPES] + [np.dtype(">f4"), np
 ARRAYS = st.dictionaries(NAMES, hnp.arrays(DTYPE, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4)))
 
 
-def frame_of(header: bytes, body: bytes = b"", *, major: int = 1, magic: bytes = b"DDRL", zero: int = 0) -> bytes:
+def frame_of(header: bytes, body: bytes = b"", *, major: int = 1, magic: bytes = b"DDRL", codec: int = 0) -> bytes:
     """A frame around any header bytes."""
     head = -(-(16 + len(header)) // ALIGN) * ALIGN
-    prefix = struct.pack("<4sBBHII", magic, major, 0, zero, len(header), head)
+    prefix = struct.pack("<4sBBHII", magic, major, 0, codec, len(header), head)
     return (prefix + header).ljust(head, b"\0") + body
 
 
@@ -47,6 +48,11 @@ def header(*, fields: Any = None, specs: Any = None, **other: Any) -> bytes:
 
 def framed(*specs: Spec, body: int = 0) -> bytes:
     return frame_of(header(specs=list(specs)), bytes(body))
+
+
+def packed(size: int, block: bytes) -> bytes:
+    """A compressed frame of one array of `size` bytes."""
+    return frame_of(header(specs=[["x", "uint8", [size], 0]]), block, codec=1)
 
 
 def reason_of(frame: bytes) -> str | None:
@@ -70,6 +76,12 @@ SAMPLE = bytes(
         {"obs": np.arange(24, dtype="f4").reshape(2, 3, 4), "a": np.int64(7).reshape(()), "none": np.zeros((0, 9))},
         lane=9,
     )
+)
+
+PACKED = bytes(
+    Arena.of(
+        "unroll", {"obs": np.tile(np.arange(40, dtype="u1"), (9, 5)), "a": np.arange(4), "done": np.zeros(9, bool)}
+    ).encode("actor-0", 1, 1, {"steps": 5}, 9, compress=True)
 )
 
 # -- round trips -----------------------------------------------------------------------------------------------------
@@ -173,6 +185,59 @@ def test_arrays_are_aligned_and_gaps_are_zero(rows: int, monkeypatch: pytest.Mon
     assert not np.frombuffer(frame, np.uint8)[~used].any()
 
 
+@given(fields=FIELDS, arrays=ARRAYS)
+@settings(max_examples=100, deadline=None)
+def test_round_trip_compressed(fields: dict[str, Any], arrays: dict[str, Any]) -> None:
+    arena = Arena.of("k", arrays)
+    plain, frame = bytes(arena.encode("n", 1, 2, fields, 3)), arena.encode("n", 1, 2, fields, 3, compress=True)
+    assert frame.readonly
+    assert len(frame) <= len(plain) == arena.raw_size
+    ours, theirs = wire.decode(frame), wire.decode(plain)
+    assert (ours.kind, ours.node, ours.epoch, ours.seq, ours.lane, ours.nbytes) == ("k", "n", 1, 2, 3, len(frame))
+    assert ours.fields == theirs.fields
+    assert list(ours.arrays) == list(theirs.arrays)
+    for name, array in ours.arrays.items():
+        assert (array.dtype, array.shape) == (theirs.arrays[name].dtype, theirs.arrays[name].shape)
+        assert array.tobytes() == theirs.arrays[name].tobytes()
+
+
+def test_decompressed_arrays_are_aligned_and_read_only() -> None:
+    rng = np.random.default_rng(0)
+    for n in (1, 63, 5_000, 200_000):
+        rows = {"a": np.repeat(rng.integers(0, 9, n, "u1"), 40), "b": np.full(n, 2.5), "c": np.zeros(3, bool)}
+        arena = Arena.of("k", rows)
+        frame = bytes(arena.encode("n", 1, 1, {}, compress=True))
+        assert len(frame) < arena.raw_size
+        for name, array in wire.decode(frame).arrays.items():
+            np.testing.assert_array_equal(array, rows[name])
+            assert array.__array_interface__["data"][0] % ALIGN == 0
+            assert not array.flags.writeable
+
+
+def test_what_does_not_shrink_travels_as_it_lies() -> None:
+    arena = Arena.of("k", {"x": np.random.default_rng(0).integers(0, 256, 1 << 16, np.uint8)})
+    frame = arena.encode("n", 1, 1, {}, compress=True)
+    assert np.shares_memory(np.frombuffer(frame, np.uint8), arena.arrays["x"])
+    assert len(frame) == arena.raw_size
+    assert wire.decode(frame).arrays["x"].tobytes() == arena.arrays["x"].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("specs", "pays"),
+    [
+        ({"obs": ("uint8", (20, 84, 84)), "logits": ("float32", (20, 6))}, True),
+        ({"obs": ("bool", (4, 32, 4, 10, 10)), "reward": ("float32", (4, 32))}, True),
+        ({"obs": ("uint8", (16, 1000))}, False),
+        ({"obs": ("uint8", (20, 1000)), "state": ("float32", (20, 256))}, False),
+        ({"weights": ("float32", (512, 512))}, False),
+        ({"tokens": ("int8", (1 << 16,))}, False),
+        ({}, False),
+    ],
+)
+def test_images_and_flags_are_worth_compressing(specs: dict[str, wire.Spec], pays: bool) -> None:
+    assert Layout("k", specs).arena().compressible == pays
+
+
 # -- what does not go out --------------------------------------------------------------------------------------------
 
 
@@ -218,7 +283,20 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "pickle": (pickle.dumps({"x": 1}).ljust(64, b"."), "magic"),
     "http": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "magic"),
     "other major": (frame_of(header(), major=2), "version"),
-    "reserved bits": (frame_of(header(), zero=1), "truncated"),
+    "codec unknown": (frame_of(header(), codec=2), "codec"),
+    "codec unknown high": (frame_of(header(), codec=256), "codec"),
+    "block empty": (packed(4, b""), "codec"),
+    "block of nothing": (packed(0, b""), "codec"),
+    "block no lz4": (packed(4, b"\xff" * 64), "codec"),
+    "block short": (packed(4, lz4.block.compress(bytes(63), store_size=False)), "codec"),
+    "block long": (packed(4, lz4.block.compress(bytes(65), store_size=False)), "codec"),
+    "block cut": (packed(6400, lz4.block.compress(bytes(6400), store_size=False)[:-1]), "codec"),
+    "block with its size": (packed(6400, lz4.block.compress(bytes(6400), store_size=True)), "codec"),
+    "block claims too much": (packed(1 << 27, lz4.block.compress(bytes(1 << 12), store_size=False)), "codec"),
+    "block claims more than travels": (
+        frame_of(header(specs=[[str(i), "uint8", [1 << 26], i << 26] for i in range(5)]), bytes(2 << 20), codec=1),
+        "codec",
+    ),
     "header length huge": (struct.pack("<4sBBHII", b"DDRL", 1, 0, 0, 2**32 - 1, 64).ljust(64), "oversized"),
     "header past arena": (struct.pack("<4sBBHII", b"DDRL", 1, 0, 0, 60, 64).ljust(64), "truncated"),
     "arena past frame": (struct.pack("<4sBBHII", b"DDRL", 1, 0, 0, 9, 128).ljust(64), "truncated"),
@@ -298,7 +376,7 @@ def test_a_frame_over_the_limit_is_refused_unread() -> None:
 
 
 def test_another_major_is_refused_naming_both_and_another_minor_is_taken() -> None:
-    with pytest.raises(WireError, match=r"protocol 2\.7 .* 1\.0"):
+    with pytest.raises(WireError, match=r"protocol 2\.7 .* 1\.1"):
         wire.decode(SAMPLE[:4] + bytes((2, 7)) + SAMPLE[6:])
     assert wire.decode(SAMPLE[:5] + b"\x63" + SAMPLE[6:]).kind == "unroll"
 
@@ -315,22 +393,35 @@ def test_words_of_a_stranger_are_escaped_and_cut() -> None:
 
 
 def test_cut_at_every_length() -> None:
-    assert all(reason_of(SAMPLE[:n]) is not None for n in range(len(SAMPLE)))
+    for sample in (SAMPLE, PACKED):
+        assert reason_of(sample) is None
+        assert all(reason_of(sample[:n]) is not None for n in range(len(sample)))
 
 
 def test_grown() -> None:
     assert all(reason_of(SAMPLE + bytes(n)) == "arena" for n in range(1, 130))
+    assert all(reason_of(PACKED + bytes(n)) == "codec" for n in range(1, 130))
 
 
 def test_every_bit_flipped() -> None:
     """A flip is refused, or yields a message whose arrays still lie within the frame."""
-    outcomes = set()
-    for bit in range(8 * len(SAMPLE)):
-        flipped = bytearray(SAMPLE)
-        flipped[bit // 8] ^= 1 << bit % 8
-        outcomes.add(reason_of(bytes(flipped)))
-    assert outcomes >= {None, "magic", "version", "header", "truncated"}
-    assert outcomes <= {None, *REASONS}
+    for sample in (SAMPLE, PACKED):
+        outcomes = set()
+        for bit in range(8 * len(sample)):
+            flipped = bytearray(sample)
+            flipped[bit // 8] ^= 1 << bit % 8
+            outcomes.add(reason_of(bytes(flipped)))
+        assert outcomes >= {None, "magic", "version", "header", "truncated", "codec"}
+        assert outcomes <= {None, *REASONS}
+
+
+@given(st.binary(max_size=200), st.integers(0, 5000), st.data())
+@settings(max_examples=500, deadline=None)
+def test_any_block(noise: bytes, size: int, data: Any) -> None:
+    assert reason_of(packed(size, noise)) in {None, "codec"}
+    good = bytearray(lz4.block.compress(noise.ljust(size, b"-"), store_size=False))
+    good[data.draw(st.integers(0, len(good) - 1))] ^= data.draw(st.integers(1, 255))
+    reason_of(packed(max(size, len(noise)), bytes(good)))
 
 
 @given(st.binary(max_size=300))
@@ -415,6 +506,15 @@ def test_arrays_allocate_nothing(peak: Any) -> None:
     before = peak()
     wire.decode(memoryview(frame))
     assert peak() - before < 64 << 10
+
+
+@pytest.mark.parametrize("block", [b"\x1f\0\1\0" + b"\xff" * 4000, bytes(4000)], ids=["long run", "zeros"])
+@pytest.mark.parametrize("size", [1 << 20, MAX_FRAME])
+def test_a_block_cannot_claim_much_more_than_it_brings(block: bytes, size: int, peak: Any) -> None:
+    frame = packed(size, block)
+    before = peak()
+    assert reason_of(frame) == "codec"
+    assert peak() - before < 300 * len(block)
 
 
 def test_ever_new_specs_are_not_kept_for_ever() -> None:

@@ -17,7 +17,7 @@ import msgpack
 
 from ddrl_bus.errors import WireError
 from ddrl_bus.transport import wire
-from ddrl_bus.transport.base import Backend, Socket, SocketKind, back_channel
+from ddrl_bus.transport.base import Backend, Socket, SocketKind, back_channel, scheme
 from ddrl_bus.transport.ledger import Counter
 from ddrl_bus.transport.links.end import Check, End, Host, life, subscription, topic
 from ddrl_bus.transport.sessions.queue import (
@@ -31,7 +31,7 @@ from ddrl_bus.transport.sessions.queue import (
     QueueSender,
     Resend,
 )
-from ddrl_bus.transport.wire import Arena, Buffer, Message
+from ddrl_bus.transport.wire import Arena, Buffer, Codec, Message
 
 PROBE_KIND: Final = "_probe"
 MAX_LANES: Final = 2048
@@ -53,15 +53,24 @@ class Sender(End):
     Args:
         receivers: node name → data address.
         on_loss: `count` what a broken connection took, or `resend` it.
+        codec: how arenas travel; `auto` compresses images and flags unless they stay in this process.
     """
 
     def __init__(
-        self, host: Host, backend: Backend, link: str, receivers: Mapping[str, str], on_loss: OnLoss = "count"
+        self,
+        host: Host,
+        backend: Backend,
+        link: str,
+        receivers: Mapping[str, str],
+        on_loss: OnLoss = "count",
+        codec: Codec = "auto",
     ) -> None:
         super().__init__(host, link)
         self._core: QueueSender[_Draft] = QueueSender(self._node, self._epoch, on_loss)
         self._redo: deque[_Draft] = deque()
-        self._bytes = self._counter("bytes_out")
+        local = all(scheme(address) == "memory" for address in receivers.values())
+        self._codec: Codec = "none" if codec == "auto" and local else codec
+        self._bytes, self._raw_bytes = self._counter("bytes_out"), self._counter("bytes_raw_out")
         self._encode_ns, self._wait_ns = self._counter("encode_ns"), self._counter("send_wait_ns")
         self._data: dict[str, Socket] = {}
         self._produced: dict[tuple[str, int], Counter] = {}
@@ -96,7 +105,8 @@ class Sender(End):
 
     def _send_on(self, lane: Lane[_Draft], arena: Arena, fields: Mapping[str, Any]) -> bool:
         began = perf_counter_ns()
-        frame = arena.encode(self._node, self._epoch, lane.sent + 1, fields, lane.epoch)
+        compress = self._codec == "lz4" or (self._codec == "auto" and arena.compressible)
+        frame = arena.encode(self._node, self._epoch, lane.sent + 1, fields, lane.epoch, compress=compress)
         self._encode_ns.add(perf_counter_ns() - began)
         produced = self._produced_on(lane)
         produced.add()  # before the bytes leave: a kill in between must not let more arrive than were produced
@@ -108,6 +118,7 @@ class Sender(End):
         draft = _Draft(arena, fields, frame) if self._core.on_loss == "resend" else None
         self._core.sent(lane, draft, self._loop.time())
         self._bytes.add(len(frame))
+        self._raw_bytes.add(arena.raw_size)
         return True
 
     def _produced_on(self, lane: Lane[_Draft]) -> Counter:

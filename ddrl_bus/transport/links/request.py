@@ -1,13 +1,13 @@
 """The two ends of a `request`.
 
-DEALER ⇄ ROUTER     one wire frame each way; `seq` is the request's number
+DEALER ⇄ ROUTER     one wire frame each way; `seq` is the request's number, `lane` the oldest one still waited for
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -49,19 +49,29 @@ class Client(End):
             FencedError: the server knows a newer life of this node.
             LinkClosedError: this end was closed.
         """
+        return await self.ask(kind, fields, arrays, timeout_s=timeout_s)
+
+    def ask(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, Array] | None = None,
+        *,
+        timeout_s: float,
+    ) -> asyncio.Future[Message]:
+        """Send a request now; the answer comes as of `request`. A cancelled future is not repeated any more.
+
+        Raises:
+            LinkClosedError: this end was closed.
+        """
         self._ensure_open()
         number = self._core.next_id()
-        frame = wire.encode(kind, self._node, self._epoch, number, fields or {}, arrays)
+        frame = wire.encode(kind, self._node, self._epoch, number, fields or {}, arrays, self._core.oldest)
         self._core.open(number, frame, self._loop.time(), timeout_s)
-        future = self._waiting[number] = self._loop.create_future()
+        answer = self._waiting[number] = self._loop.create_future()
         self._socket.send(frame)  # with no room now it is repeated by the timer
         self._messages.add()
-        try:
-            answer: Message = await future
-            return answer
-        finally:
-            self._core.abandon(number)
-            self._waiting.pop(number, None)
+        return answer
 
     def _on_answer(self, parts: list[Buffer]) -> None:
         if len(parts) != 1:
@@ -72,26 +82,26 @@ class Client(End):
         except WireError as error:
             self._refuse(error.reason)
             return
-        if not self._core.answered(message.seq):
+        future = self._waiting.pop(message.seq, None)
+        if not self._core.answered(message.seq) or future is None or future.done():
             self._counter("late").add()
-            return
-        future = self._waiting[message.seq]
-        if future.done():
-            return
-        if message.kind == ERROR_KIND:
+        elif message.kind == ERROR_KIND:
             refusal = FencedError if message.fields.get("fenced") is True else RemoteError
             future.set_exception(refusal(f"{self.link}: {message.node}: {message.fields.get('error')}"))
         else:
             future.set_result(message)
 
     def _poll(self, now: float) -> None:
+        for number in [number for number, future in self._waiting.items() if future.done()]:  # cancelled
+            self._core.abandon(number)
+            del self._waiting[number]
         due = self._core.poll(now)
         for frame in due.again:
             self._socket.send(frame)
             self._counter("repeated").add()
         for number in due.expired:
-            future = self._waiting.get(number)
-            if future is not None and not future.done():
+            future = self._waiting.pop(number)
+            if not future.done():
                 future.set_exception(UnreachableError(f"{self.link}: no answer from {self._address} in time"))
 
     def close(self) -> None:
@@ -126,6 +136,7 @@ class Server(End):
         super().__init__(host, link)
         self._core: RequestServer[memoryview] = RequestServer()
         self._box: deque[Request] = deque()
+        self._handle: Callable[[Request], None] | None = None
         self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
         self._socket = self._open(backend, SocketKind.ROUTER, self._on_request, bind=binds)
 
@@ -140,6 +151,27 @@ class Server(End):
             await self._signal.wait()
         return self._box.popleft()
 
+    async def serve(self, handle: Callable[[Request], None]) -> None:
+        """Hand requests to `handle` the moment they come, until cancelled.
+
+        Raises:
+            Exception: what `handle` raised.
+            LinkClosedError: this end was closed.
+        """
+        self._handle = handle
+        try:
+            while True:
+                while self._box:
+                    handle(self._box.popleft())
+                self._ensure_open()
+                await self._signal.wait()
+        finally:
+            self._handle = None
+
+    def try_recv(self) -> Request | None:
+        """The next request if there is one."""
+        return self._box.popleft() if self._box else None
+
     def _on_request(self, parts: list[Buffer]) -> None:
         if len(parts) != 2:
             self._refuse("parts")
@@ -152,12 +184,11 @@ class Server(End):
         if len(self._box) >= MAX_OPEN_REQUESTS:
             self._refuse("busy")  # the client asks again
             return
-        match self._core.arrived(message.node, message.epoch, message.seq):
+        match self._core.arrived(message.node, message.epoch, message.seq, message.lane):
             case "new":
                 self._messages.add()
                 self._bytes.add(message.nbytes)
-                self._box.append(Request(message, self, bytes(parts[0])))
-                self._signal.notify()
+                self._arrived(Request(message, self, bytes(parts[0])))
             case (frame,):
                 self._counter("repeated").add()
                 self._socket.send(parts[0], frame)
@@ -166,6 +197,16 @@ class Server(End):
                 if standing == "fenced":  # whoever asks must hear of it, not wait
                     words = {"error": f"a newer life of {message.node} is here", "fenced": True}
                     self._socket.send(parts[0], wire.encode(ERROR_KIND, self._node, self._epoch, message.seq, words))
+
+    def _arrived(self, request: Request) -> None:
+        if self._handle is None:
+            self._box.append(request)
+            self._signal.notify()
+            return
+        try:
+            self._handle(request)
+        except Exception as error:  # for whoever awaits `serve`
+            self._signal.notify(error)
 
     def reply(
         self,

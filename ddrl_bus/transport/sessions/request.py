@@ -1,8 +1,9 @@
 """The `request` link: an answer, an error or a timeout; never a hang.
 
 A client numbers its requests within its life. It repeats one that stays unanswered, for the connection may have broken
-under it; the server runs each number once and answers repetitions from a small cache. An answer after the deadline, or
-a second one, is counted and dropped.
+under it; the server runs each number once and answers repetitions from a cache. With each request the client names the
+oldest one it still waits for, and the server forgets the answers before it. An answer after the deadline, or a second
+one, is counted and dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ F = TypeVar("F")
 REPEAT_S: Final = 1.0
 """A request unanswered for this long is sent again."""
 CACHE: Final = 64
-"""Answers kept per client for repetitions."""
+"""Answers kept per client for repetitions, however many it still waits for."""
+MAX_CLIENTS: Final = 4096
+"""Clients that a server keeps books of: who has been silent for longest is forgotten."""
 
 
 @dataclass(slots=True)
@@ -43,6 +46,11 @@ class RequestClient(Generic[F]):
     def next_id(self) -> int:
         self._last += 1
         return self._last
+
+    @property
+    def oldest(self) -> int:
+        """The first request that is still waited for; the newest if none is."""
+        return next(iter(self._pending), self._last)
 
     def open(self, request: int, frame: F, now: float, timeout_s: float) -> None:
         self._pending[request] = Pending(frame, now + timeout_s, now + REPEAT_S)
@@ -80,7 +88,14 @@ class _Peer(Generic[F]):
     running: set[int] = field(default_factory=set)
     answers: OrderedDict[int, F] = field(default_factory=OrderedDict)
     forgotten: int = 0
-    """Requests up to this number have left the cache."""
+    """Requests up to this number are over, or have left the cache."""
+
+    def forget(self, request: int) -> None:
+        """Forget it and what is older."""
+        self.forgotten = request
+        for number in [n for n in self.answers if n <= request]:
+            del self.answers[number]
+        self.running = {n for n in self.running if n > request}
 
 
 Standing = Literal["new", "running", "old", "fenced"]
@@ -90,15 +105,20 @@ class RequestServer(Generic[F]):
     """Runs each (client, life, request) once."""
 
     def __init__(self) -> None:
-        self._peers: dict[str, _Peer[F]] = {}
+        self._peers: OrderedDict[str, _Peer[F]] = OrderedDict()
 
-    def arrived(self, client: str, epoch: int, request: int) -> Standing | tuple[F]:
+    def arrived(self, client: str, epoch: int, request: int, oldest: int = 0) -> Standing | tuple[F]:
         """`new`: run it. `running`: it is. `old`: forgotten. `fenced`: of an earlier life. Else the answer again."""
         peer = self._peers.get(client)
         if peer is None or epoch > peer.epoch:
             peer = self._peers[client] = _Peer(epoch)
+            if len(self._peers) > MAX_CLIENTS:
+                self._peers.popitem(last=False)
+        self._peers.move_to_end(client)
         if epoch < peer.epoch:
             return "fenced"
+        if (over := min(oldest, request) - 1) > peer.forgotten:
+            peer.forget(over)
         if request in peer.running:
             return "running"
         if request in peer.answers:
@@ -112,7 +132,7 @@ class RequestServer(Generic[F]):
     def answer(self, client: str, epoch: int, request: int, frame: F) -> None:
         """Keep the answer for repetitions."""
         peer = self._peers.get(client)
-        if peer is None or peer.epoch != epoch:
+        if peer is None or peer.epoch != epoch or request not in peer.running:
             return
         peer.running.discard(request)
         peer.answers[request] = frame

@@ -1,0 +1,61 @@
+"""What policy-gradient rules have in common besides the loss: how they act, and what rewards they learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+
+from ddrl_bus.algos.base import Algorithm
+from ddrl_bus.algos.config import PolicyGradientConfig
+from ddrl_bus.algos.heads import Head, head_of
+from ddrl_bus.algos.lazy import torch
+from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.spaces import Spaces
+
+ConfigT = TypeVar("ConfigT", bound=PolicyGradientConfig)
+
+
+class PolicyGradient(Algorithm[ConfigT]):
+    """Acts by sampling the policy head and records its parameters: those of the behaviour policy cannot be recomputed
+    later. A rule adds `loss`."""
+
+    def __init__(self, config: ConfigT, spaces: Spaces, *, seed: int, device: str = "cpu") -> None:
+        super().__init__(config, spaces, seed=seed, device=device)
+        self.head: Head = head_of(spaces)
+
+    @classmethod
+    def record(cls, config: ConfigT, spaces: Spaces) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {"policy": ("float32", (head_of(spaces).width,))}
+
+    @classmethod
+    def act(
+        cls, config: ConfigT, spaces: Spaces, outputs: Mapping[str, NDArray[Any]], noise: Noise, greedy: bool
+    ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+        policy = outputs["policy"]
+        return head_of(spaces).sample(policy, noise, greedy), {"policy": policy}
+
+    @classmethod
+    def network(cls, config: ConfigT, spaces: Spaces, generator: torch.Generator | None) -> Any:
+        from ddrl_bus.algos import nets
+
+        return nets.ActorCritic(config, spaces, generator)
+
+
+def learnt_reward(reward: torch.Tensor, config: PolicyGradientConfig) -> torch.Tensor:
+    """Rewards as the rule learns from them: clipped, then scaled.  Shapes: any, the same."""
+    match config.reward_clip:
+        case "sign":
+            reward = torch.sign(reward)
+        case "one":
+            reward = reward.clamp(-1, 1)
+        case "soft_asymmetric":
+            squeezed = torch.tanh(reward / 5.0)
+            reward = 5.0 * torch.where(reward < 0, 0.3 * squeezed, squeezed)
+    return reward * config.reward_scale
+
+
+def reduced(loss: torch.Tensor, config: PolicyGradientConfig) -> torch.Tensor:
+    """Mean or sum over rows."""
+    return loss.sum() if config.reduction == "sum" else loss.mean()

@@ -1,0 +1,159 @@
+"""What the systems are shown to learn: one case a line, and when it counts as passed.
+
+A case is an ordinary `ddrl run` in processes of its own over ZeroMQ, once a seed. Evaluations sample actions, as is
+usual for policy gradients. A run ends when weights that reached the bar reach it again on fresh seeds, or with its
+budget of steps; what counts is that last evaluation. Controls are the same agent with something taken away, over the
+whole budget: they must fail, or the bar says nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ddrl_bus.errors import UsageError
+
+SEEDS: Final = (1, 2, 3)
+EPISODES: Final = 20
+SLACK: Final = 1.02
+"""Actors may be so far over the budget: what they had under way when the learner had its steps."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What one run came to."""
+
+    final: float | None
+    """Mean return of its last weights on fresh seeds; None: never confirmed."""
+    best: float | None
+    """Highest mean of all evaluations."""
+    env_steps: int
+    """Played by all actors together."""
+    problem: str = ""
+    """Why it counts for nothing, whatever the returns."""
+
+    def reached(self, bar: float, steps: int) -> bool:
+        return not self.problem and self.final is not None and self.final >= bar and self.env_steps <= SLACK * steps
+
+    def stays(self, bar: float) -> bool:
+        """Never above the bar."""
+        known = (self.final, self.best)
+        return not self.problem and all(value is not None and value <= bar for value in known)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a case has passed."""
+
+    words: str
+    holds: Callable[[Case, Sequence[Seed]], bool]
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    topology: str
+    bar: float
+    """Mean return over 20 episodes."""
+    steps: int
+    """Budget: environment steps over all actors."""
+    settings: str = ""
+    """KEY=VALUE words, as after `ddrl run`."""
+    rule: str = "worst"
+    env: str = "CartPole-v1"
+    control_of: str = ""
+    """The case that this one is to be seen beside."""
+
+    def words(self, seed: int) -> list[str]:
+        """What follows `ddrl`."""
+        reward = "null" if RULES[self.rule].control else f"{self.bar:g}"
+        ours = [f"stop.reward={reward}", f"stop.steps={self.steps}"]
+        ours += ["nodes.evaluator.greedy=false", f"nodes.evaluator.episodes={EPISODES}"]
+        return [
+            "run",
+            self.topology,
+            f"name={self.name}",
+            f"seed={seed}",
+            f"env.id={self.env}",
+            *self.settings.split(),
+            *ours,
+        ]
+
+    def passes(self, seeds: Sequence[Seed]) -> bool:
+        return RULES[self.rule].holds(self, seeds)
+
+
+def _worst(case: Case, seeds: Sequence[Seed]) -> bool:
+    return all(seed.reached(case.bar, case.steps) for seed in seeds)
+
+
+def _all_but_one(floor: float) -> Callable[[Case, Sequence[Seed]], bool]:
+    def holds(case: Case, seeds: Sequence[Seed]) -> bool:
+        there = sum(seed.reached(case.bar, case.steps) for seed in seeds)
+        return there >= len(seeds) - 1 and all(seed.reached(floor, case.steps) for seed in seeds)
+
+    return holds
+
+
+def _stays(case: Case, seeds: Sequence[Seed]) -> bool:
+    return all(seed.stays(case.bar) for seed in seeds)
+
+
+def _ends_under(case: Case, seeds: Sequence[Seed]) -> bool:
+    finals = [seed.final for seed in seeds if seed.final is not None and not seed.problem]
+    return len(finals) == len(seeds) and sum(finals) / len(finals) <= case.bar
+
+
+RULES: Final[dict[str, Rule]] = {
+    "worst": Rule("every seed ≥ bar", _worst),
+    "worst 400": Rule("2 of 3 seeds ≥ bar, worst ≥ 400", _all_but_one(400)),
+    "stays": Rule("control: no evaluation of any seed above it", _stays, control=True),
+    "ends under": Rule("control: mean of the seeds' final returns at or under it", _ends_under, control=True),
+}
+
+HALF_A_MILLION, MILLION = 500_000, 1_000_000
+NO_VELOCITY: Final = "env.preset=no_velocity"
+LAG: Final = (
+    "nodes.learner.delay=15 algo.unroll=40 algo.gamma=0.98 algo.reward_scale=0.02 algo.activation=tanh "
+    "algo.entropy_cost=0.003 nodes.actor.count=2"
+)
+
+# fmt: off
+CASES: Final[tuple[Case, ...]] = (
+    Case("a2c-cartpole", "a2c", 475, HALF_A_MILLION),
+    Case("a2c-acrobot", "a2c", -100, HALF_A_MILLION, env="Acrobot-v1"),
+    Case("a3c-cartpole", "a3c", 475, HALF_A_MILLION, rule="worst 400"),
+    Case("ga3c-cartpole", "ga3c", 475, HALF_A_MILLION, rule="worst 400"),
+    Case("impala-cartpole", "impala", 450, MILLION),
+    Case("seed-cartpole", "seed", 450, MILLION),
+    Case("torchbeast_mono-cartpole", "torchbeast_mono", 450, MILLION),
+    Case("torchbeast_poly-cartpole", "torchbeast_poly", 450, MILLION),
+    Case("appo-cartpole", "appo", 475, HALF_A_MILLION),
+    Case("impala-minatar-breakout", "impala", 4, MILLION, "env.preset=minatar", env="MinAtar/Breakout-v1"),
+    Case("impala-lstm-cartpole-no-velocity", "impala", 350, 2 * MILLION, f"{NO_VELOCITY} algo.core=lstm"),
+    Case("impala-mlp-cartpole-no-velocity", "impala", 200, 2 * MILLION, NO_VELOCITY, "stays",
+         control_of="impala-lstm-cartpole-no-velocity"),
+    Case("impala-lag15", "impala", 450, MILLION, LAG),
+    Case("impala-lag15-no-correction", "impala", 300, MILLION, f"{LAG} algo.correct=false", "ends under",
+         control_of="impala-lag15"),
+)
+# fmt: on
+
+
+def named(names: Sequence[str], cases: Sequence[Case] = CASES) -> list[Case]:
+    """The cases of these names; all without any.
+
+    Raises:
+        UsageError: there is no such case; names the nearest.
+    """
+    known = {case.name: case for case in cases}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"no case {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; have {', '.join(known)}")
+            )
+    return [known[name] for name in names] or list(cases)

@@ -1,0 +1,184 @@
+"""What a round trip of the `request` link costs over the sockets under it: `ddrl bench requests`.
+
+Each row sends the same bytes up and down between the same two processes in two ways, turn by turn: through our client
+and server, and through a bare DEALER/ROUTER pair of pyzmq, driven by asyncio over the sockets' file descriptors as ours
+is. Quote the ratios; absolute figures follow the machine's mood.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Final
+
+import numpy as np
+import zmq
+
+from ddrl_bus.launch.malloc import keep_freed_memory
+from ddrl_bus.transport import wire
+from ddrl_bus.transport.bus import Bus
+from ddrl_bus.transport.ledger import Ledger
+from ddrl_bus.transport.wire import Array
+
+TIMEOUT_S: Final = 10.0
+BLOCK: Final = 50
+"""Round trips through one, then as many through the other, so that both meet the same moods of the machine."""
+WARM_UP: Final = 4
+"""Blocks."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What goes up and what comes down."""
+
+    payload: str
+    up: Mapping[str, Array]
+    down: Mapping[str, Array]
+    blocks: int = 60
+
+
+def _group(obs: Array) -> dict[str, Array]:
+    """What an actor sends of a group of environments."""
+    n = len(obs)
+    return {
+        "obs": obs,
+        "reward": np.zeros(n, np.float32),
+        "terminated": np.zeros(n, bool),
+        "truncated": np.zeros(n, bool),
+    }
+
+
+CASES: Final = (
+    Case("64 B", {"x": np.zeros(64, np.uint8)}, {"x": np.zeros(64, np.uint8)}),
+    Case("16 × 4 floats", _group(np.zeros((16, 4), np.float32)), {"action": np.zeros(16, np.int64)}),
+    Case("64 × 4 floats", _group(np.zeros((64, 4), np.float32)), {"action": np.zeros(64, np.int64)}),
+    Case("16 × 84 × 84 bytes", _group(np.zeros((16, 84, 84), np.uint8)), {"action": np.zeros(16, np.int64)}, 30),
+)
+FIELDS: Final = {"group": 0, "step": 0, "begins": False, "returns": [], "lengths": []}
+SAID: Final = {"version": 0, "learner_epoch": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Microseconds a round trip, medians over the repeats; the ratios are medians of the paired ones."""
+
+    payload: str
+    link_us: float
+    raw_us: float
+    link_p99_us: float
+    raw_p99_us: float
+    ratio: float
+    ratio_p99: float
+    spread: tuple[float, float]
+
+
+def measure(repeats: int = 5) -> Iterator[Row]:
+    """One row per case."""
+    for number, case in enumerate(CASES):
+        # [repeats, 2 ways, 2 figures]
+        times = np.array([[np.percentile(way, (50, 99)) for way in _trips(number)] for _ in range(repeats)]) * 1e6
+        (link, link_p99), (raw, raw_p99) = np.median(times, axis=0).tolist()
+        ratios = times[:, 0] / times[:, 1]
+        ratio, ratio_p99 = np.median(ratios, axis=0).tolist()
+        spread = float(ratios[:, 0].min()), float(ratios[:, 0].max())
+        yield Row(case.payload, link, raw, link_p99, raw_p99, ratio, ratio_p99, spread)
+
+
+def _trips(number: int) -> tuple[list[float], list[float]]:
+    """Seconds of each round trip between two fresh processes, through our link and through the bare pair."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
+        sides = [spawn.Process(target=side, args=(number, f"ipc://{folder}", theirs)) for side in (_serve, _ask)]
+        for side in sides:
+            side.start()
+        trips: tuple[list[float], list[float]] = ours.recv() if ours.poll(120) else ([float("nan")], [float("nan")])
+        for side in sides:
+            side.kill()
+            side.join()
+    return trips
+
+
+def _serve(number: int, folder: str, _result: Connection) -> None:
+    keep_freed_memory()  # as every node does
+    asyncio.run(_answers(CASES[number], folder))
+
+
+async def _answers(case: Case, folder: str) -> None:
+    server = Bus("inference-0", 1, Ledger()).server("act", [f"{folder}/link"])
+    size = len(wire.encode("actions", "inference-0", 1, 1, SAID, case.down))
+    raw = _Raw(zmq.ROUTER, lambda parts: raw.send(parts[0].bytes, np.empty(size, np.uint8).data))
+    raw.socket.bind(f"{folder}/raw")
+    await server.serve(lambda request: request.answer("actions", SAID, case.down))
+
+
+def _ask(number: int, folder: str, result: Connection) -> None:
+    keep_freed_memory()
+    result.send(asyncio.run(_both(CASES[number], folder)))
+
+
+async def _both(case: Case, folder: str) -> tuple[list[float], list[float]]:
+    client = Bus("actor-0", 1, Ledger()).client("act", f"{folder}/link")
+    size = len(wire.encode("act", "actor-0", 1, 1, FIELDS, case.up))
+    answer: asyncio.Future[None]
+    raw = _Raw(zmq.DEALER, lambda _parts: answer.set_result(None))
+    raw.socket.connect(f"{folder}/raw")
+
+    async def ask_raw() -> None:
+        nonlocal answer
+        answer = asyncio.get_running_loop().create_future()
+        raw.send(np.empty(size, np.uint8).data)
+        await answer
+
+    async def ask_link() -> None:
+        await client.request("act", FIELDS, case.up, timeout_s=TIMEOUT_S)
+
+    ways = ask_link, ask_raw
+    trips: tuple[list[float], list[float]] = [], []
+    for block in range(-WARM_UP, case.blocks):
+        for ask, times in zip(ways, trips, strict=True):
+            for _ in range(BLOCK):
+                began = time.perf_counter()
+                await ask()
+                times.append(time.perf_counter() - began)
+        if block < 0:
+            trips = ([], [])
+    return trips
+
+
+class _Raw:
+    """A bare socket: called back when its descriptor says so, and drained without waiting."""
+
+    def __init__(self, kind: int, on_message: Callable[[list[zmq.Frame]], None]) -> None:
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+        self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self.socket.getsockopt(zmq.FD), self._drain)
+
+    def send(self, *parts: bytes | memoryview) -> None:
+        self.socket.send_multipart(parts, zmq.NOBLOCK)
+        self._loop.call_soon(self._drain)  # a send can swallow the descriptor's edge
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._on_message(parts)
+
+
+def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
+    """A table, a line at a time as the figures come."""
+    head = f"{'payload':<20}{'link µs':>9}{'raw µs':>9}{'link p99':>10}{'raw p99':>10}{'ratio':>8}{'p99':>7}"
+    yield f"{head}   spread of ratio"
+    for row in rows:
+        yield (
+            f"{row.payload:<20}{row.link_us:>9.1f}{row.raw_us:>9.1f}{row.link_p99_us:>10.1f}{row.raw_p99_us:>10.1f}"
+            f"{row.ratio:>8.2f}{row.ratio_p99:>7.2f}   {row.spread[0]:.2f} to {row.spread[1]:.2f}"
+        )

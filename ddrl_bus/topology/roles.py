@@ -1,0 +1,103 @@
+"""What the ports that a node holds make of it, and which of them make a system together.
+
+    actor         with `weights` it has a policy of its own; with `act` it asks an inference node for its actions
+    learner       applies its gradients itself; with `gradients` it has a parameter server apply them
+    inference     assembles trajectories itself where it holds that port, else its actors do
+    evaluator     plays a learner's `weights`, or a parameter server's `parameters`
+
+What stands idle, and what two would do at once, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ddrl_bus.topology.plan import LinkPlan
+from ddrl_bus.topology.schema import PORTS, ActorOptions, NodeOptions
+from ddrl_bus.topology.tree import Node, Problems, came, dotted
+
+NEEDS: Mapping[str, Mapping[tuple[str, ...], str]] = {
+    "actor": {("weights", "act"): "it plays by weights of its own, or asks an inference node"},
+    "learner": {("trajectories",): "it trains on them"},
+    "evaluator": {("weights", "parameters"): "it plays what a learner or a parameter server publishes"},
+    "inference": {("act",): "actors ask it there", ("weights",): "it answers by them"},
+    "param_server": {("gradients",): "it applies them"},
+}
+"""Kind -> ports -> why each node of the kind holds exactly one of these."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Judges links that are right each by itself, between the `groups` that have nodes."""
+
+    groups: Mapping[str, NodeOptions]
+    links: Mapping[str, LinkPlan]
+    root: Node
+    problems: Problems
+
+    def check(self) -> None:
+        for group, options in self.groups.items():
+            for ports, why in NEEDS.get(options.kind, {}).items():
+                self._check_need(group, options.kind, ports, why)
+        self._check_trajectories()
+        self._check_env_groups()
+        self._check_evaluators()
+        self._check_learners()
+
+    def _say(self, path: tuple[str, ...], message: str) -> None:
+        self.problems.add(self.root.find(path), dotted(path), message)
+
+    def _at(self, port: str) -> tuple[str, ...]:
+        """The groups at the ends of a link; none where the topology lacks it."""
+        link = self.links.get(port)
+        return link.sources + link.targets if link else ()
+
+    def _check_need(self, group: str, kind: str, ports: tuple[str, ...], why: str) -> None:
+        held = [port for port in ports if group in self._at(port)]
+        ends = [("links", port, "from" if kind in PORTS[port].sources else "to") for port in ports]
+        if not held:
+            places = f"name it in {' or '.join(map(dotted, ends))}, or set nodes.{group}.count: 0"
+            message = f"holds no end of {' or '.join(ports)}, but every {kind} does: {why}; {places}"
+            self._say(("nodes", group), message)
+        elif len(held) > 1:
+            self._say(ends[-1], f"{group} holds {' and '.join(held)}, expected one of them: {why}")
+
+    def _check_trajectories(self) -> None:
+        """An unroll is assembled once: by an actor, or by the inference node that every actor then asks."""
+        link = self.links.get("trajectories")
+        if link and len(kinds := {self.groups[name].kind for name in link.sources}) > 1:
+            message = f"{' and '.join(sorted(kinds))} nodes would both send what the same environments play"
+            self._say(("links", "trajectories", "from"), f"{message}; name one of them")
+
+    def _check_env_groups(self) -> None:
+        """With `act` the environments of an actor step in turn, in parts of one size."""
+        for group, options in self.groups.items():
+            if isinstance(options, ActorOptions) and group in self._at("act") and options.envs % options.groups:
+                message = f"got {options.groups}, expected a divisor of nodes.{group}.envs, which is {options.envs}"
+                self._say(("nodes", group, "groups"), message)
+
+    def _check_evaluators(self) -> None:
+        """With a parameter server a learner's weights are a copy for its own actors."""
+        if "gradients" in self.links:
+            for group in self._at("weights"):
+                if self.groups[group].kind == "evaluator":
+                    message = f"{group} would play a worker's copy; name it in links.parameters.to instead"
+                    self._say(("links", "weights", "to"), message)
+
+    def _check_learners(self) -> None:
+        """Several share what they learn through a parameter server, and each has actors of its own."""
+        learners = [name for name, options in self.groups.items() if options.kind == "learner"]
+        count = sum(self.groups[name].count for name in learners)
+        if count > 1 and "gradients" not in self.links:
+            why = "several learn together only by gradients that they send to a param_server"
+            self._say(("nodes", learners[-1], "count"), f"{count} nodes of kind learner, expected 1: {why}")
+        elif count > 1:
+            bundle = self.groups[learners[0]].bundle
+            for group in dict.fromkeys([*learners, *self._at("trajectories"), *self._at("weights")]):
+                options = self.groups[group]
+                if options.kind != "evaluator" and (options.bundle is None or options.bundle != bundle):
+                    message = f"got {came(options.bundle)}, but each of {count} learners plays with actors of its own"
+                    fix = f"give {learners[0]} and all at its ends of trajectories and weights one bundle"
+                    self._say(("nodes", group, "bundle"), f"{message}: {fix}")
+                    return

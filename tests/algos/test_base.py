@@ -1,0 +1,324 @@
+"""What every rule promises about steps, gradients, weights and state."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from rows import DISCRETE, SMALL, B, T, make_batch
+
+from ddrl_bus.algos import REGISTRY, Algorithm
+from ddrl_bus.algos.config import AgentConfig, OptimizerName, PolicyGradientConfig
+from ddrl_bus.algos.impala import Impala, ImpalaConfig
+from ddrl_bus.algos.optim import RMSPropTF
+from ddrl_bus.errors import RefusedFileError, UsageError
+
+RULES = sorted(REGISTRY)
+OPTIMIZERS = OptimizerName.__args__  # type: ignore[attr-defined]
+
+
+def make(rule: str = "impala", *, seed: int = 0, **changes: Any) -> Algorithm[Any]:
+    cls = REGISTRY[rule]
+    return cls(cls.Config(**{**SMALL, **changes}), DISCRETE, seed=seed)
+
+
+def config(**changes: Any) -> ImpalaConfig:
+    return ImpalaConfig(**{**SMALL, **changes})
+
+
+def same(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> bool:
+    """Bit for bit."""
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+# ── gradients that somebody else applies
+
+
+@pytest.mark.parametrize("rule", ["a2c", "impala"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_applying_a_gradient_elsewhere_is_a_step_bit_for_bit(rule: str, optimizer: str) -> None:
+    settings = {"optimizer": optimizer, "anneal_steps": 1000, "max_grad_norm": 0.1}
+    alone, server, worker = (make(rule, seed=seed, **settings) for seed in (0, 0, 9))
+    for seed in range(4):
+        report = alone.step(make_batch(seed))
+        worker.load(server.weights())
+        gradient, said = worker.gradients(make_batch(seed))
+        norm = server.apply(gradient, T * B)
+        if report:
+            assert report == {**said, "grad_norm": norm}
+    assert same(alone.state(), server.state())
+    assert (worker.updates, worker.env_steps) == (0, 0)
+    assert not same(make(rule, **settings).weights(), server.weights())
+
+
+def test_a_gradient_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    learner = make(optimizer="adam")
+    gradient, _ = learner.gradients(make_batch())
+    learner.apply(gradient, T * B)
+    before = learner.state()
+    wrong = [
+        {**gradient, "policy.weight": gradient["policy.weight"].T},
+        {**gradient, "other.weight": gradient["policy.weight"]},
+        {"value.bias": np.zeros((), np.float32)},
+    ]
+    for each in wrong:
+        with pytest.raises(UsageError, match=r"gradients .* do not fit the parameters"):
+            learner.apply(each, T * B)
+    assert same(before, learner.state())
+
+
+def test_a_parameter_that_a_gradient_leaves_out_stays() -> None:
+    learner = make(optimizer="sgd")
+    before = learner.weights()
+    gradient, _ = learner.gradients(make_batch())
+    learner.apply({"policy.bias": gradient["policy.bias"]}, T * B)
+    moved = {name for name, array in learner.weights().items() if not np.array_equal(array, before[name])}
+    assert moved == {"policy.bias"}
+
+
+def test_sgd_takes_gradients_in_any_order() -> None:
+    """To rounding: what the parameter server's fault tests count on."""
+    learner = make()
+    gradients = [learner.gradients(make_batch(seed))[0] for seed in range(4)]
+    forth, back = (make(optimizer="sgd", lr=0.1) for _ in range(2))
+    for gradient in gradients:
+        forth.apply(gradient, 1)
+    for gradient in reversed(gradients):
+        back.apply(gradient, 1)
+    for ours, theirs in zip(forth.weights().values(), back.weights().values(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# ── steps
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf"])
+@pytest.mark.parametrize("clip", [0.05, 40.0])
+def test_one_step_by_hand(optimizer: str, clip: float) -> None:
+    """Gradient, global-norm clipping and the optimiser's first update, written out."""
+    lr, eps, decay = 0.01, 1e-3, 0.9
+    settings = config(optimizer=optimizer, lr=lr, eps=eps, rms_decay=decay, max_grad_norm=clip)
+    learner = Impala(settings, DISCRETE, seed=0)
+    before = [p.detach().clone() for p in learner.net.parameters()]
+    loss, _ = learner.loss(make_batch().to("cpu"))
+    grads = torch.autograd.grad(loss, list(learner.net.parameters()))
+    norm = float(torch.sqrt(sum((g * g).sum() for g in grads)))  # type: ignore[arg-type]
+    assert 0.05 < norm < 40.0
+    report = learner.step(make_batch())
+    assert report["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for p, old, g in zip(learner.net.parameters(), before, grads, strict=True):
+        g = g * min(1.0, clip / norm)
+        update = {
+            "adam": g / (g.abs() + eps),
+            "rmsprop": g / (torch.sqrt((1 - decay) * g * g) + eps),
+            "rmsprop_tf": g / torch.sqrt(decay + (1 - decay) * g * g + eps),
+        }[optimizer]
+        torch.testing.assert_close(p.detach(), old - lr * update, rtol=1e-4, atol=1e-7)
+
+
+def test_rmsprop_tf_over_several_steps_with_a_parameter_left_out() -> None:
+    p, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = RMSPropTF([p, unused], lr=0.1, alpha=0.9, eps=0.01)
+    theta, s = np.ones(3), np.ones(3)
+    for g in (np.array([1.0, -2.0, 0.0]), np.array([0.5, 0.5, 3.0])):
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        optimizer.step()
+        s = 0.9 * s + 0.1 * g * g
+        theta = theta - 0.1 * g / np.sqrt(s + 0.01)
+    np.testing.assert_allclose(p.detach().numpy(), theta, rtol=1e-6)
+    assert unused.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_adam_without_momentum() -> None:
+    """SEED RL's: the first two updates with β1 = 0, written out."""
+    learner = make(optimizer="adam", adam_beta1=0, lr=0.01, eps=3.125e-7)
+    gradients = [np.array([1.0, -2.0, 0.5], np.float32), np.array([0.5, 0.5, -3.0], np.float32)]
+    theta, s = learner.weights()["policy.bias"].astype(float), np.zeros(3)
+    for update, g in enumerate(gradients, start=1):
+        learner.apply({"policy.bias": g}, 1)
+        s = 0.999 * s + 0.001 * g.astype(float) ** 2
+        theta = theta - 0.01 * g / (np.sqrt(s / (1 - 0.999**update)) + 3.125e-7)
+    np.testing.assert_allclose(learner.weights()["policy.bias"], theta, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reports_come_every_tenth_update(rule: str) -> None:
+    learner = make(rule)
+    reports = [learner.step(make_batch(seed)) for seed in range(11)]
+    assert [bool(report) for report in reports] == [True] + [False] * 9 + [True]
+    assert {"loss", "grad_norm", "policy_loss", "value_loss", "entropy", "value", "rho"} <= reports[0].keys()
+    assert all(np.isfinite(value) for value in reports[10].values())
+
+
+def test_learning_rate_falls_linearly_over_trained_env_steps() -> None:
+    learner = Impala(config(lr=0.1, anneal_steps=4 * T * B), DISCRETE, seed=0)
+    rates = []
+    for _ in range(6):
+        rates.append(learner.learning_rate)
+        learner.step(make_batch())
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0, 0.0])
+    constant = Impala(config(lr=0.1), DISCRETE, seed=0)
+    constant.step(make_batch())
+    assert constant.learning_rate == 0.1
+
+
+# ── state and weights
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_learner_takes_the_same_step_bit_for_bit(rule: str, optimizer: str) -> None:
+    settings: dict[str, Any] = {"optimizer": optimizer, "anneal_steps": 1000}
+    if rule == "appo":
+        settings |= {"target_every": 2, "kl_target": 1e-4}  # the target network is one update old when it is saved
+    straight, resumed = make(rule, seed=0, **settings), make(rule, seed=9, **settings)
+    for seed in range(3):
+        straight.step(make_batch(seed))
+    state = {name: array.copy() for name, array in straight.state().items()}
+    for array in state.values():
+        array.setflags(write=False)  # as a checkpoint hands them out
+    resumed.load_state(state)
+    for seed in range(3, 6):
+        straight.step(make_batch(seed))
+        resumed.step(make_batch(seed))
+    assert same(straight.state(), resumed.state())
+    assert straight.updates == resumed.updates == 6
+    assert not same(state, straight.state())
+
+
+def test_a_state_of_two_networks_holds_both() -> None:
+    learner = make("appo", target_every=2)
+    for seed in range(2):
+        learner.step(make_batch(seed))
+    state = learner.state()
+    assert {f"target.{name}" for name in learner.weights()} < state.keys()
+    assert not np.array_equal(state["net.policy.weight"], state["target.policy.weight"])
+    halved = {name: array for name, array in state.items() if not name.startswith("target.")}
+    with pytest.raises(RefusedFileError, match="state does not fit algorithm 'appo'"):
+        learner.load_state(halved)
+    assert same(state, learner.state())
+
+
+def test_a_state_of_another_network_or_optimizer_is_refused_and_changes_nothing() -> None:
+    learner = Impala(config(), DISCRETE, seed=0)
+    learner.step(make_batch())
+    before = learner.state()
+    foreign = Impala(config(hidden=(9,)), DISCRETE, seed=0)
+    foreign.step(make_batch())
+    other = Impala(config(optimizer="rmsprop_tf"), DISCRETE, seed=0)
+    other.step(make_batch())
+    for state in (foreign.state(), other.state(), {}, {k: v for k, v in before.items() if k != "rng"}):
+        with pytest.raises(RefusedFileError, match="state does not fit algorithm 'impala'"):
+            learner.load_state(state)
+    after = learner.state()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_fresh_state_loads_too() -> None:
+    learner, fresh = (Impala(config(), DISCRETE, seed=seed) for seed in (0, 1))
+    learner.step(make_batch())
+    learner.load_state(fresh.state())
+    assert (learner.updates, learner.env_steps) == (0, 0)
+    learner.step(make_batch())
+    fresh.step(make_batch())
+    assert all(np.array_equal(a, b) for a, b in zip(learner.weights().values(), fresh.weights().values(), strict=True))
+
+
+def test_weights_are_a_snapshot_and_seeds_decide_them() -> None:
+    learner = Impala(config(), DISCRETE, seed=0)
+    weights = learner.weights()
+    kept = {name: array.copy() for name, array in weights.items()}
+    learner.step(make_batch())
+    assert all(np.array_equal(kept[name], weights[name]) for name in kept)
+    assert set(weights) == set(learner.net.state_dict())
+    same, other = Impala(config(), DISCRETE, seed=0).weights(), Impala(config(), DISCRETE, seed=1).weights()
+    assert all(np.array_equal(kept[name], same[name]) for name in kept)
+    assert not np.array_equal(kept["policy.weight"], other["policy.weight"])
+
+
+# ── settings, and what is left alone
+
+
+def test_making_and_stepping_leaves_torch_as_it_was() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    Impala(config(), DISCRETE, seed=0).step(make_batch())
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": 1.5}, r"algo.gamma: 1.5, expected a number from 0 to 1"),
+        ({"lr": 0.0}, r"algo.lr: 0.0, expected a number above 0"),
+        ({"optimizer": "lbfgs"}, r"algo.optimizer: 'lbfgs', expected one of adam, rmsprop_tf, rmsprop, sgd"),
+        ({"unroll": 0}, r"algo.unroll: 0, expected at least 1"),
+        ({"hidden": (64, 0)}, r"algo.hidden: \(64, 0\), expected sizes of at least 1"),
+        ({"entropy_cost": -1.0}, r"algo.entropy_cost: -1.0, expected a number not below 0"),
+        ({"gamma": float("nan")}, r"algo.gamma: nan, expected a number from 0 to 1"),
+        ({"adam_beta1": 1.0}, r"algo.adam_beta1: 1.0, expected a number from 0 to below 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        PolicyGradientConfig(**changes)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UsageError, match=r"device 'cuda' asked for, but torch .* finds no CUDA device"):
+        Impala(config(), DISCRETE, seed=0, device="cuda")
+    assert Impala(config(), DISCRETE, seed=0, device="auto").device.type == "cpu"
+
+
+@pytest.mark.parametrize("cls", [AgentConfig, PolicyGradientConfig, *(REGISTRY[rule].Config for rule in RULES)])
+def test_every_setting_says_what_it_is(cls: type) -> None:
+    """The topology's help is made of these docstrings."""
+    tree = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    for here, after in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(here, ast.AnnAssign):
+            assert isinstance(after, ast.Expr), ast.unparse(here)
+            assert isinstance(after.value, ast.Constant)
+
+
+def test_a_first_update_does_not_import_torchs_compiler() -> None:
+    """It takes longer than torch itself, and a learner would wait for it before its first gradient."""
+    code = """
+import sys
+import numpy as np
+from ddrl_bus.algos import Batch, Spaces, algorithm
+
+rule = algorithm("impala")
+learner = rule(rule.Config(unroll=1, batch=1), Spaces((2,), "float32", "discrete", 2), seed=0)
+row = np.zeros((1, 1), np.float32)
+learner.step(
+    Batch(
+        obs=np.zeros((2, 1, 2), np.float32),
+        action=row.astype(np.int64),
+        reward=row,
+        terminated=row > 0,
+        truncated=row > 0,
+        record={"policy": np.zeros((1, 1, 2), np.float32)},
+        version=row.astype(np.int64),
+        final_obs=np.zeros((0, 2), np.float32),
+        final_index=np.zeros(0, np.int64),
+    )
+)
+learner.load_state(learner.state())
+assert learner.updates == 1
+assert not {"torch._dynamo", "sympy"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,74 @@
+"""A3C in processes of its own, and kill -9 of what makes it: no gradient is applied twice, and none that was
+acknowledged is missing."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from runs import Run, assert_closed, running
+
+from ddrl_bus import checkpoint
+
+BUDGET = 30_000
+ROWS = 16 * 20
+"""Environment steps of one gradient."""
+A3C = (
+    *("stop.reward=null", "checkpoint.every=200ms", "nodes.evaluator.episodes=5"),
+    *("algo.unroll=20", "algo.batch=16", "nodes.actor.envs=16", "nodes.actor.count=2", "nodes.learner.count=2"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def trained(run: Run, worker: int) -> int:
+    return run.counters(f"learner-{worker}").get("trajectories/trained", 0)
+
+
+def ended(run: Run, reason: str) -> checkpoint.Checkpoint:
+    """The last checkpoint of a run that ends in order, after one death in it."""
+    closing = run.ends()
+    assert (closing["reason"], closing["restarts"]) == (reason, 1)
+    assert closing["ledger"]["closed"]
+    balance = run.books()
+    assert_closed(balance)
+    workers = [run.counters(f"learner-{n}") for n in (0, 1)]
+    evicted = sum(n for books in workers for name, n in books.items() if name.startswith("trajectories/evicted/"))
+    left = balance.taken - trained(run, 0) - trained(run, 1) - evicted
+    assert left in (0, 1)  # a worker that is killed may hold one
+    saved = checkpoint.newest(run.folder / "checkpoints")
+    assert saved is not None
+    assert saved.step == saved.values["updates"] * ROWS
+    assert saved.values["updates"] == closing["updates"]
+    return saved
+
+
+def test_a_killed_parameter_server_applies_every_gradient_once(folder: Path) -> None:
+    """Its second life holds exactly what was acknowledged: the numbers of the workers' gradients have no gap."""
+    with running(folder, *A3C, f"stop.steps={BUDGET}", "nodes.param_server.durable=true", topology="a3c") as run:
+        run.until(lambda: min(trained(run, 0), trained(run, 1)) > 5, "training")
+        run.kill("param_server-0")
+        saved = ended(run, "steps")
+        assert BUDGET <= saved.step < BUDGET + ROWS
+        numbers = [number for _, number in saved.values["applied"].values()]
+        assert len(numbers) == 2
+        assert sum(numbers) == saved.values["updates"] == trained(run, 0) + trained(run, 1)
+
+
+def test_a_killed_worker_comes_back(folder: Path) -> None:
+    with running(folder, *A3C, "stop.steps=null", topology="a3c") as run:
+        run.until(lambda: min(trained(run, 0), trained(run, 1)) > 5, "training")
+        run.kill("learner-1")
+        run.pid("actor-1", life=2)
+        first = trained(run, 1)  # of its first life, as far as that heard
+        run.until(lambda: trained(run, 1) > first + 5, "training of its second life")
+        run.process.send_signal(signal.SIGTERM)
+        saved = ended(run, "stop")
+        applied = {worker: (life >> 32, number) for worker, (life, number) in saved.values["applied"].items()}
+        assert applied == {"learner-0": (1, trained(run, 0)), "learner-1": (2, trained(run, 1) - first)}
+        lost = saved.values["updates"] - trained(run, 0) - trained(run, 1)
+        assert lost in (0, 1)  # it died before it heard of the last one, perhaps
