@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ddrl_bus.metrics import JsonLines, clock, shares
+from ddrl_bus import metrics
+from ddrl_bus.metrics import JsonLines, SharedClock, clock, shares
 from ddrl_bus.transport.ledger import Ledger
 
 
@@ -90,3 +91,23 @@ def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
     lines.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"loss": None, "nodes": {"learner-0": {"grad_norm": None, "lag": [1.0, None]}}}
+
+
+def test_a_shared_clock_counts_while_all_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under what the first to go on had waited for."""
+    now = 0
+    monkeypatch.setattr(metrics.time, "perf_counter_ns", lambda: now)
+    ledger = Ledger()
+    shared = SharedClock(ledger, 2)
+    a, b = shared.waits("act_wait"), shared.waits("send_wait")
+    a.__enter__()
+    now = 10
+    b.__enter__()
+    now = 17
+    b.__exit__(None, None, None)
+    now = 30
+    with shared.waits("send_wait"):
+        now = 32
+        a.__exit__(None, None, None)
+        now = 40
+    assert ledger.snapshot() == {"time/send_wait": 7, "time/act_wait": 2}

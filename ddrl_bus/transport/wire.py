@@ -277,8 +277,7 @@ def encode(
         return Arena.of(kind, arrays).encode(node, epoch, seq, fields, lane)
     parts = [_head(layout, node, epoch, seq, fields, lane)]  # an arena costs more than copying so few bytes twice
     for p, array in zip(layout.placed, arrays.values(), strict=True):
-        parts.append((array if array.dtype is p.dtype else array.astype(p.dtype)).tobytes())
-        parts.append(_ZEROS[: -p.nbytes % ALIGN])
+        parts += (array if array.dtype is p.dtype else array.astype(p.dtype)).tobytes(), _ZEROS[: -p.nbytes % ALIGN]
     return memoryview(b"".join(parts))
 
 

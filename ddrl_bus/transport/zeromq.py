@@ -23,7 +23,7 @@ from ddrl_bus.errors import AddressInUseError, UsageError
 from ddrl_bus.transport.base import OnMessage, SocketKind, scheme
 from ddrl_bus.transport.wire import MAX_FRAME, SMALL_FRAME, Buffer
 
-COPY_BELOW: Final = 64 << 10
+COPY_BELOW: Final = 128 << 10
 """Bytes under which a copying send is faster than a zero-copy one."""
 CORK_BELOW: Final = 4 << 10
 CORK_FRAMES: Final = 16
@@ -138,7 +138,7 @@ class ZmqSocket:
     def send(self, *parts: Buffer) -> bool:
         if self._corks and len(parts) == 1 and len(parts[0]) < CORK_BELOW:
             return self._send_corked(parts[0])
-        return self._uncork() and self._send_now(parts)
+        return (not self._cork or self._uncork()) and self._send_now(parts)
 
     def _send_corked(self, frame: Buffer) -> bool:
         if len(self._cork) >= CORK_FRAMES and not self._uncork():

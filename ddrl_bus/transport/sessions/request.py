@@ -95,7 +95,8 @@ class _Peer(Generic[F]):
         self.forgotten = request
         for number in [n for n in self.answers if n <= request]:
             del self.answers[number]
-        self.running = {n for n in self.running if n > request}
+        if self.running:
+            self.running = {n for n in self.running if n > request}
 
 
 Standing = Literal["new", "running", "old", "fenced"]

@@ -1,0 +1,60 @@
+"""Every reference topology as its user starts it, shortly: it learns in processes of its own, and its books close.
+
+What each has been shown to learn in full is docs/results.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import assert_closed, running
+
+from ddrl_bus import algos
+from ddrl_bus.bench.control import Training
+from ddrl_bus.envs import EnvConfig
+from ddrl_bus.launch.catalog import packaged
+
+SYSTEMS = ("a2c", "a3c", "ga3c", "impala", "appo", "seed", "torchbeast_mono", "torchbeast_poly")
+TESTED_ELSEWHERE = {"quickstart", "two-hosts"}
+ENV_ONLY = ("ga3c", "seed", "torchbeast_poly")
+
+
+def test_no_topology_is_left_out() -> None:
+    assert packaged().keys() == {*SYSTEMS, *TESTED_ELSEWHERE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_learns(system: str, tmp_path: Path) -> None:
+    """From 22, which is chance, to 150; the step budget is the smoke bar's."""
+    with running(tmp_path / "run", "stop.reward=150", "stop.steps=200000", topology=system) as run:
+        closing = run.ends()
+        assert closing["reason"] == "reward", closing
+        assert closing["return"] >= 150
+        assert closing["ledger"]["closed"]
+        assert_closed(run.books())
+        if system in ENV_ONLY:
+            assert "time/forward" not in run.counters("actor-0")
+
+
+@pytest.mark.slow
+def test_a_recurrent_agent_learns_what_it_is_not_shown(tmp_path: Path) -> None:
+    words = ("env.preset=no_velocity", "algo.core=lstm", "nodes.actor.count=2", "stop.reward=100", "stop.steps=300000")
+    with running(tmp_path / "run", *words, topology="impala") as run:
+        assert run.ends()["reason"] == "reward"
+
+
+@pytest.mark.slow
+def test_a_solved_cartpole_is_worth_100() -> None:
+    """It ends by its time limit alone, which is no death: V tends to 1/(1-γ), where deaths at 500 would make it 80."""
+    rule = algos.algorithm("a2c")
+    config = rule.Config(batch=64, anneal_steps=400_000)
+    training = Training(EnvConfig("CartPole-v1"), rule, config, envs=32, seed=1)
+    values = []
+    while training.learner.env_steps < 400_000:
+        report = training.update()
+        if report and training.learner.env_steps > 300_000:
+            values.append(report["value"] / config.reward_scale)
+    assert np.mean(values) == pytest.approx(100, abs=5)
