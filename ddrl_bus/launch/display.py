@@ -86,7 +86,9 @@ class Live:
 
 def line(status: Status) -> str:
     """The status in one line."""
-    lag, queue = (gauge(status, "learner", name) for name in ("lag_mean", "queue"))
+    roles = {node.get("role") for node in (status.get("nodes") or {}).values()}
+    trainer = "param_server" if "param_server" in roles else "learner"
+    lag, queue = gauge(status, trainer, "lag_mean"), gauge(status, "learner", "queue")
     shares = [f"{role} {percent(gauge(status, role, 'overhead'))}" for role in ("actor", "learner")]
     return (
         f"{number(status.get('wall_s')):>5} s  {status.get('phase') or '-'}  "

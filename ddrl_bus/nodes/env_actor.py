@@ -31,7 +31,7 @@ ANSWER_S: Final = 10.0
 """How long to wait for actions before saying so; the question is then asked again."""
 
 
-class Group:
+class EnvGroup:
     """Some of an actor's environments, stepped as one vector, and what is asked for them next.
 
     Args:
@@ -113,10 +113,10 @@ class EnvActor(Node):
         self.servers = {number: self.open_client("act", number) for number in set(numbers)}
         self.groups = [self._new_group(g, self.servers[number]) for g, number in enumerate(numbers)]
 
-    def _new_group(self, number: int, server: Client) -> Group:
+    def _new_group(self, number: int, server: Client) -> EnvGroup:
         layout = self.schema.layout(self.envs)
         assembler = Assembler(layout, self.schema.unroll) if self.trajectories else None
-        return Group(number, partial(self._make_env, number), server, assembler)
+        return EnvGroup(number, partial(self._make_env, number), server, assembler)
 
     def _make_env(self, group: int) -> VectorEnv:
         """The environments of a group; after a fault their seeds are others."""
@@ -141,14 +141,14 @@ class EnvActor(Node):
         for server in self.servers.values():
             server.close()
 
-    async def _play(self, group: Group) -> None:
+    async def _play(self, group: EnvGroup) -> None:
         faults = EnvFaults(self.env_faults, self.log)
         while answer := await self._actions(group):
             played = await self.submit(self._step, group, answer, faults)
             if played and not await self._send(played):
                 break
 
-    async def _actions(self, group: Group) -> Message | None:
+    async def _actions(self, group: EnvGroup) -> Message | None:
         """The answer to what the group asks; None once this node drains."""
         began = time.perf_counter()
         while not self.draining.is_set():
@@ -182,7 +182,7 @@ class EnvActor(Node):
 
     # ---- on the compute thread
 
-    def _step(self, group: Group, answer: Message, faults: EnvFaults) -> Played | None:
+    def _step(self, group: EnvGroup, answer: Message, faults: EnvFaults) -> Played | None:
         """Do what was answered; returns the unroll that this completes, if it does.
 
         Environments that fail are rebuilt: the next question is then about the first observations of new ones.
@@ -202,7 +202,7 @@ class EnvActor(Node):
             faults.over()
         return played
 
-    def _rebuild(self, group: Group, error: EnvError, faults: EnvFaults) -> None:
+    def _rebuild(self, group: EnvGroup, error: EnvError, faults: EnvFaults) -> None:
         while True:
             faults.happened(error)
             group.env.close()

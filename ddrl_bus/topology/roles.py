@@ -69,6 +69,12 @@ class Roles:
         if link and len(kinds := {self.groups[name].kind for name in link.sources}) > 1:
             message = f"{' and '.join(sorted(kinds))} nodes would both send what the same environments play"
             self._say(("links", "trajectories", "from"), f"{message}; name one of them")
+        if link and "act" in self.links and link.max_lag == 0:
+            message = "got 0, but with act the weights may change within an unroll; leave it out"
+            self._say(("links", "trajectories", "max_lag"), message)
+        if link and "gradients" in self.links and link.max_lag != 0:
+            message = f"got {came(link.max_lag)}, expected 0: a gradient is of the parameters that played its unrolls"
+            self._say(("links", "trajectories", "max_lag"), message)
 
     def _check_env_groups(self) -> None:
         """With `act` the environments of an actor step in turn, in parts of one size."""

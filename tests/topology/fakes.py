@@ -39,8 +39,6 @@ WIRING: Mapping[str, Mapping[str, object]] = {
     "weights": {"kind": "latest", "from": "learner", "to": ["actor", "evaluator"]},
 }
 CATALOG = Catalog({"impala": AlgorithmEntry(Config, WIRING)})
-SYSTEMS = Catalog(dict.fromkeys(["impala", "a2c", "appo"], CATALOG.algorithms["impala"]))
-"""For the reference files."""
 
 HEAD = "name: t\nenv: {id: CartPole-v1}\nalgo: {name: impala}\n"
 NODES = "nodes: {actor: {count: 2, envs: 32}, learner: {}}\n"

@@ -313,6 +313,16 @@ MISTAKES = {
         "nodes.inference",
         "holds no end of act, .*or set nodes.inference.count: 0",
     ),
+    "lock-step with central inference": (
+        SEED.replace("{from: inference}", "{from: inference, max_lag: ‹0}"),
+        "links.trajectories.max_lag",
+        "got 0, but with act the weights may change within an unroll",
+    ),
+    "a gradient of other parameters": (
+        A3C.replace("max_lag: 0", "max_lag: ‹1"),
+        "links.trajectories.max_lag",
+        "got 1, expected 0: a gradient is of the parameters that played its unrolls",
+    ),
     "trajectories from both": (
         SEED.replace("{from: inference}", "{from: ‹[actor, inference]}"),
         "links.trajectories.from",

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from ddrl_bus.errors import SecurityError, UsageError
+from ddrl_bus.launch.catalog import catalog
 from ddrl_bus.topology import Plan, load, show
 from ddrl_bus.topology.schema import KINDS, PORTS, json_schema
 
-from .fakes import A3C, BASE, CATALOG, GA3C, HEAD, SEED, SYSTEMS, TOPOLOGIES, load_text
+from .fakes import A3C, BASE, CATALOG, GA3C, HEAD, SEED, TOPOLOGIES, load_text
 
 TWO_HOSTS = (
     HEAD
@@ -237,7 +238,7 @@ REFERENCE |= {"a3c": IMPALA | {"gradients", "parameters"}}
 
 @pytest.mark.parametrize("path", sorted(TOPOLOGIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_reference_topologies_load_and_spell_their_links_out(path: Path) -> None:
-    plan = load(path, catalog=SYSTEMS, environ=ENVIRON)
+    plan = load(path, catalog=catalog(), environ=ENVIRON)
     assert plan.name == path.stem
     assert set(plan.links) == REFERENCE[path.stem] | {"control", "progress"}
     spelt = {name: {"kind", "from", "to"} for name in REFERENCE[path.stem]}
