@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddrl_bus.experience import RECORD, STATE, BatchSlots, Slot, Unroll, UnrollSchema, under
+from ddrl_bus.experience import RECORD, BatchSlots, Slot, Unroll, UnrollSchema, under
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.wire import Array, Message
 

@@ -50,7 +50,7 @@ class Actor(Node):
         self.newest: Message | None = None
         self.loaded: Message | None = None
         self.version = self.learner_epoch = -1
-        self._new_env(restart=0)
+        await self.compute(self._new_env, 0)
 
     async def run(self) -> None:
         playing: deque[asyncio.Future[Played]] = deque()
@@ -111,12 +111,13 @@ class Actor(Node):
                 return played
 
     def _load(self) -> None:
-        if self.newest is None or self.newest is self.loaded:
+        newest = self.newest  # the event loop may put a newer one there meanwhile
+        if newest is None or newest is self.loaded:
             return
         with self.clocks["unpack"]:
-            weights = parse(Weights, self.newest)
-            self.policy.load(self.newest.arrays)
-            self.loaded, self.version, self.learner_epoch = self.newest, weights.updates, self.newest.epoch
+            weights = parse(Weights, newest)
+            self.policy.load(newest.arrays)
+            self.loaded, self.version, self.learner_epoch = newest, weights.updates, newest.epoch
 
     def _unroll(self) -> Played:
         with self.clocks["pack"]:

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import platform
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
@@ -102,7 +103,8 @@ class Node(ABC):
         self._started_up = False
         self._inline = inline
         self._idle = self.ledger.counter("time", "idle")
-        self._idle_since = 0
+        self._idle_since = self._busy = 0
+        self._busy_lock = threading.Lock()
         self._thread = ThreadPoolExecutor(self.threads(), thread_name_prefix=f"{name}-compute")
 
     # ---- what a role writes
@@ -171,12 +173,16 @@ class Node(ABC):
         return await self.submit(work, *args)
 
     def _on_thread(self, work: Callable[..., T], args: tuple[Any, ...]) -> T:
-        if self._idle_since:
-            self._idle.add(time.perf_counter_ns() - self._idle_since)
+        with self._busy_lock:
+            self._busy += 1
+            if self._busy == 1 and self._idle_since:
+                self._idle.add(time.perf_counter_ns() - self._idle_since)
         try:
             return work(*args)
         finally:
-            self._idle_since = time.perf_counter_ns()
+            with self._busy_lock:
+                self._busy -= 1
+                self._idle_since = time.perf_counter_ns()
 
     async def until(self, waiting: Coroutine[Any, Any, T], *events: asyncio.Event) -> T | None:
         """What `waiting` gives, or None once one of `events` is set. For waits that cancellation does not harm."""

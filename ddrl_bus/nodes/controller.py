@@ -64,6 +64,7 @@ class Controller(Node):
         self.best: Evaluation | None = None
         self.last: Evaluation | None = None
         self.confirmed: Evaluation | None = None
+        self.heard: dict[str, Evaluation] = {}
         self.began = self._run_started()
         self.reason = ""
         self.published = 0
@@ -145,14 +146,14 @@ class Controller(Node):
             if re.fullmatch(rf"{re.escape(message.node)}@[0-9a-f]{{16}}", earlier):  # it will name a file
                 self.lives[earlier] = counters
         if progress.evaluation is not None:
-            self._on_evaluation(progress.evaluation)
+            self._on_evaluation(message.node, progress.evaluation)
         request.answer(Control.KIND, fields_of(self.control))
         self.control_changed.set()
 
-    def _on_evaluation(self, evaluation: Evaluation) -> None:
-        if evaluation == self.last:
+    def _on_evaluation(self, evaluator: str, evaluation: Evaluation) -> None:
+        if evaluation == self.heard.get(evaluator):  # heartbeats repeat it
             return
-        self.last = evaluation
+        self.heard[evaluator] = self.last = evaluation
         if self.best is None or evaluation.mean_return > self.best.mean_return:
             self.best = evaluation
         if evaluation.confirm and evaluation.confirm == self.control.confirm:
@@ -209,7 +210,8 @@ class Controller(Node):
         target = self.plan.stop.reward
         if self.reason == "reward" and target is not None and evaluation.mean_return < target:
             self.log.info("return %.1f did not hold: %.1f on fresh seeds; going on", target, evaluation.mean_return)
-            self.last, self.reason = None, ""
+            self.last = self.confirmed = None
+            self.reason = ""
             self._say("run")
             return
         self._drain(self.reason)

@@ -57,8 +57,9 @@ class EnvGroup:
         self.steps = 0
         """Since they were made."""
         self.env = self._make()
+        obs = self.env.reset()
         lost = self.assembler.restart() if self.assembler else 0
-        self._ask({"obs": self.env.reset()})
+        self._ask({"obs": obs})
         return lost
 
     def _ask(
@@ -111,7 +112,7 @@ class EnvActor(Node):
         servers = len(self.ports["act"].peers)
         numbers = [(self.node.index * options.groups + g) % servers for g in range(options.groups)]
         self.servers = {number: self.open_client("act", number) for number in set(numbers)}
-        self.groups = [self._new_group(g, self.servers[number]) for g, number in enumerate(numbers)]
+        self.groups = [await self.compute(self._new_group, g, self.servers[n]) for g, n in enumerate(numbers)]
 
     def _new_group(self, number: int, server: Client) -> EnvGroup:
         layout = self.schema.layout(self.envs)
@@ -146,6 +147,7 @@ class EnvActor(Node):
         while answer := await self._actions(group):
             played = await self.submit(self._step, group, answer, faults)
             if played and not await self._send(played):
+                self.unfinished.add(self.schema.unroll * self.envs)
                 break
 
     async def _actions(self, group: EnvGroup) -> Message | None:

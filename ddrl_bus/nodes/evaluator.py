@@ -56,10 +56,8 @@ class Evaluator(Node):
         return message
 
     async def _evaluate(self, message: Message, weights: Weights) -> None:
-        with self.clocks["unpack"]:
-            self.policy.load(message.arrays)
         self.played += 1
-        returns = await self.compute(self._play, self.played)
+        returns = await self.compute(self._play, message, self.played)
         self.evaluation = Evaluation(
             mean_return=float(np.mean(returns)),
             episodes=len(returns),
@@ -72,7 +70,9 @@ class Evaluator(Node):
         self.log.info("return=%.1f updates=%d", self.evaluation.mean_return, weights.updates)
         self.report()
 
-    def _play(self, number: int) -> list[float]:
+    def _play(self, message: Message, number: int) -> list[float]:
+        with self.clocks["unpack"]:
+            self.policy.load(message.arrays)
         with self.clocks["evaluate"]:
             seeds = self.seeds(restart=number, stream=2)
             return play(self.policy, self.env, self.options.episodes, seeds, greedy=self.options.greedy)

@@ -37,8 +37,14 @@ class Group:
         """The newest one asked for."""
         self.requests: list[Request] = []
         """To be answered with the actions of `step`; more than one if it was repeated meanwhile."""
+        self.out = False
+        """A predictor has it: nobody else may touch what its answer is made of."""
+        self.answered = False
+        """`step` was; a repeated question gets the same answer."""
+        self.left = False
+        """Its actor has a newer life."""
         self.actions: Actions | None = None
-        """The answer to `step`, with `arrays`; None while it is worked on."""
+        """The answer to `step`, with `arrays`."""
         self.arrays: dict[str, Array] = {}
         self.obs: Array
         """[n, ...] of `step`"""
@@ -65,7 +71,7 @@ class Group:
         else:
             self.state = self._initial()
             lost = self.assembler.restart() if self.assembler else 0
-        self.obs, self.step, self.actions = arrays["obs"], act.step, None
+        self.obs, self.step, self.answered = arrays["obs"], act.step, False
         return (self.assembler.observed(self.obs) if self.assembler else None), lost
 
     def acted(self, action: Array, record: Mapping[str, Array], state: State, by: Actions) -> None:

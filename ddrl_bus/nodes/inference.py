@@ -102,7 +102,7 @@ class Inference(Node):
             else:
                 self.unsent.append((key, group, played))
                 self.blocked.set()
-        elif group.actions is not None:
+        elif group.answered:
             self._reply(group)
 
     def _queue(self, key: Key, group: Group) -> None:
@@ -136,7 +136,9 @@ class Inference(Node):
         before = self.groups.get(key)
         if before is not None:
             self.batcher.drop(key)
-            self.unfinished.add(before.abandon())
+            before.left = True
+            if not before.out:  # else whoever answers it sees to that
+                self.unfinished.add(before.abandon())
         assembler = Assembler(self.schema.layout(envs), self.schema.unroll) if self.trajectories else None
         return Group(life, step, partial(memory.initial, self.plan.algo, self.spaces, envs), assembler)
 
@@ -146,11 +148,16 @@ class Inference(Node):
         """One of the predictors: batch after batch, until this node drains."""
         while groups := await self._next_batch(number):
             self.newest = self.weights.latest() or self.newest
+            for group in groups:
+                group.out = True
             await self.submit(self._answer, number, groups)
             self.batches.add()
             for group in groups:
+                group.out, group.answered = False, True
                 self.rows.add(len(group.obs))
                 self._reply(group)
+                if group.left:
+                    self.unfinished.add(group.abandon())
 
     async def _next_batch(self, number: int) -> list[Group]:
         """The groups to answer next; none once this node drains."""

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from typing import Any, ClassVar
 
-from ddrl_bus.errors import UsageError
 from ddrl_bus.experience import Slot
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import Node
@@ -33,11 +32,6 @@ class Learner(Node):
         self.intake = Intake(self, self._lag)
         self.publish_every: int = options.publish_every
         self.delay: int = options.delay
-        if self.intake.max_lag is not None and self.delay > self.intake.max_lag:
-            raise UsageError(
-                f"nodes.{self.node.group}.delay: got {self.delay}, expected at most links.trajectories.max_lag, which "
-                f"is {self.intake.max_lag}: every unroll would be too old"
-            )
         self.clocks = {name: clock(self.ledger, name) for name in ("learn", "queue_wait")}
         self.lags: deque[Array] = deque(maxlen=64)  # of the last batches, per row
         self.metrics: dict[str, float] = {}

@@ -34,10 +34,11 @@ UNCOUNTED: Final = ("pulled", "held")
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What became of some messages, in their order, and the parameters after it."""
+    """What became of some messages, in their order, and the parameters after it; None where the answers must wait for a
+    checkpoint that the disk refused: the workers will ask again."""
 
     verdicts: list[str]
-    newest: Snapshot
+    newest: Snapshot | None
 
 
 class ParamServer(Node):
@@ -56,6 +57,7 @@ class ParamServer(Node):
         self.staleness: deque[int] = deque(maxlen=KEPT)
         self.reports: deque[dict[str, float]] = deque(maxlen=KEPT)
         self.first_update_at = self.publish_at = 0.0
+        self.published = 0  # updates at the parameters published last
         self.trainer = Trainer(self, self.open_publisher("parameters") if "parameters" in self.ports else None)
         await self.compute(self._build)
 
@@ -69,6 +71,7 @@ class ParamServer(Node):
 
     async def run(self) -> None:
         self.trainer.publish(await self.compute(self.trainer.snapshot))
+        self.published = self.algo.updates
         while not self.draining.is_set():
             self.control_changed.clear()
             await self.trainer.attend()
@@ -87,16 +90,15 @@ class ParamServer(Node):
 
     async def _settle(self, requests: list[Request]) -> None:
         judged = await self.compute(self._judge_all, [request.message for request in requests])
-        if judged is None:
-            return
-        newest = judged.newest
         for verdict in judged.verdicts:
             self._count(verdict)
+        if (newest := judged.newest) is None:
+            return
         with self.clocks["send"]:
             for request, verdict in zip(requests, judged.verdicts, strict=True):
                 fields = Parameters(newest.weights.env_steps, newest.weights.updates, verdict)
                 request.answer(Parameters.KIND, fields_of(fields), newest.arena.arrays)
-        if "applied" in judged.verdicts:
+        if newest.weights.updates > self.published:
             self._publish(newest)
 
     def _count(self, verdict: str) -> None:
@@ -112,16 +114,16 @@ class ParamServer(Node):
         if time.monotonic() >= self.publish_at:
             self.publish_at = time.monotonic() + PUBLISH_S
             self.trainer.publish(newest)
+            self.published = newest.weights.updates
 
     # ---- on the compute thread
 
-    def _judge_all(self, messages: list[Message]) -> Judged | None:
-        """None where the answers must wait for a checkpoint that the disk refused: the workers will ask again."""
+    def _judge_all(self, messages: list[Message]) -> Judged:
         with self.clocks["learn"]:
             verdicts = [self._judge(message) for message in messages]
         wanted = self.durable and self.unsaved
         if (wanted or self.trainer.save_due) and not self._save() and wanted:
-            return None
+            return Judged(verdicts, None)
         return Judged(verdicts, self.trainer.snapshot())
 
     def _judge(self, message: Message) -> str:

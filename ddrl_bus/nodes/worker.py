@@ -76,10 +76,8 @@ class Worker(Node):
         gradient = fields_of(Gradient(self.gradients, self.version, rows, report))
         while (answer := await self._ask(Gradient.KIND, gradient, arrays)) is not None:
             verdict = parse(Parameters, answer).verdict
-            if verdict != "held":
+            if verdict not in ("held", "budget"):  # a server that went back to a checkpoint may have room again
                 self._settled(verdict)
-                if verdict == "budget":
-                    await self.draining.wait()
                 return answer
             await self.until(asyncio.sleep(HELD_S), self.draining)
             if self.draining.is_set():

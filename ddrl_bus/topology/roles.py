@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ddrl_bus.topology.plan import LinkPlan
-from ddrl_bus.topology.schema import PORTS, ActorOptions, NodeOptions
+from ddrl_bus.topology.schema import PORTS, ActorOptions, LearnerOptions, NodeOptions
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 NEEDS: Mapping[str, Mapping[tuple[str, ...], str]] = {
@@ -44,6 +44,7 @@ class Roles:
         self._check_env_groups()
         self._check_evaluators()
         self._check_learners()
+        self._check_staleness()
 
     def _say(self, path: tuple[str, ...], message: str) -> None:
         self.problems.add(self.root.find(path), dotted(path), message)
@@ -90,6 +91,20 @@ class Roles:
                 if self.groups[group].kind == "evaluator":
                     message = f"{group} would play a worker's copy; name it in links.parameters.to instead"
                     self._say(("links", "weights", "to"), message)
+
+    def _check_staleness(self) -> None:
+        """Weights that are published late must not make every unroll too old: nobody would move again."""
+        link = self.links.get("trajectories")
+        for group, options in self.groups.items():
+            if not isinstance(options, LearnerOptions) or link is None or link.max_lag is None:
+                continue
+            every, delay = options.publish_every, options.delay
+            oldest = every - 1 + every * -(-delay // every)
+            if oldest > link.max_lag:
+                which = "delay" if delay else "publish_every"
+                got = f"got {getattr(options, which)}, but weights up to {oldest} updates old would be the newest"
+                fix = f"expected at most links.trajectories.max_lag, which is {link.max_lag}"
+                self._say(("nodes", group, which), f"{got}, {fix}")
 
     def _check_learners(self) -> None:
         """Several share what they learn through a parameter server, and each has actors of its own."""

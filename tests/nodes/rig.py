@@ -106,9 +106,9 @@ class Rig:
 
     # ── real nodes
 
-    def start(self, name: str, life: int = 1, plan: Plan | None = None) -> Living:
+    def start(self, name: str, life: int = 1, plan: Plan | None = None, *, inline: bool = True) -> Living:
         plan = plan or self.plan
-        return self.run(node_class(plan, name)(plan, name, self.folder, epoch(life), self.hub, inline=True))
+        return self.run(node_class(plan, name)(plan, name, self.folder, epoch(life), self.hub, inline=inline))
 
     def run(self, node: Node) -> Living:
         stop = asyncio.Event()

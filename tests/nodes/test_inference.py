@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from ddrl_bus.envs import describe
 from ddrl_bus.errors import FencedError, RemoteError
 from ddrl_bus.experience import UnrollSchema, under
 from ddrl_bus.messages import Act, Actions, Trajectory, fields_of, parse
-from ddrl_bus.nodes import batching
+from ddrl_bus.nodes import batching, inference
 from ddrl_bus.transport.links import Client, Publisher, Receiver
 from ddrl_bus.transport.wire import Array, Message
 
@@ -56,13 +57,13 @@ class Asker:
 class Stage:
     """An inference node, and the ends that it talks to."""
 
-    def __init__(self, rig: Rig, assembles: bool, shapes: dict[str, Array]) -> None:
+    def __init__(self, rig: Rig, assembles: bool, shapes: dict[str, Array], inline: bool) -> None:
         self.rig, self._net = rig, shapes
         self.clients: dict[tuple[str, int], Client] = {}
         self.controller: FakeController = rig.fake_controller()
         self.weights: Publisher = rig.publisher("learner-0", "weights")
         self.trajectories: Receiver | None = rig.receiver("learner-0") if assembles else None
-        self.inference: Living = rig.start("inference-0")
+        self.inference: Living = rig.start("inference-0", inline=inline)
         self.publish(3)
 
     def publish(self, updates: int) -> None:
@@ -90,14 +91,14 @@ OnStage = Callable[..., AbstractAsyncContextManager[Stage]]
 @pytest.fixture
 def on_stage(tmp_path: Path) -> OnStage:
     @asynccontextmanager
-    async def made(wiring: tuple[str, ...], *overrides: str) -> AsyncIterator[Stage]:
+    async def made(wiring: tuple[str, ...], *overrides: str, inline: bool = True) -> AsyncIterator[Stage]:
         async with rig_of(tmp_path, *wiring, *overrides) as rig:
             shapes = net()
             shapes["torso.0.weight"] = np.zeros((8, 2), np.float32)
             if rig.plan.algo.core != "none":
                 spaces = describe(rig.plan.env)
                 shapes = algos.algorithm(rig.plan.algo_name)(rig.plan.algo, spaces, seed=1).weights()
-            yield Stage(rig, wiring is SEED, shapes)
+            yield Stage(rig, wiring is SEED, shapes, inline)
 
     return made
 
@@ -316,8 +317,13 @@ async def test_a_batch_waits_for_others(on_stage: OnStage, monkeypatch: Any) -> 
 
 
 @pytest.mark.parametrize("predictors", ["1", "3", "auto"])
-async def test_predictors_answer_side_by_side(on_stage: OnStage, predictors: str) -> None:
-    async with on_stage(SEED, f"nodes.inference.predictors={predictors}", "nodes.inference.batch=1") as stage:
+async def test_predictors_answer_side_by_side(
+    on_stage: OnStage, predictors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On threads of their own; `auto` is tuned many times meanwhile."""
+    monkeypatch.setattr(inference, "TUNE_S", 0.002)
+    began, settings = time.perf_counter_ns(), (f"nodes.inference.predictors={predictors}", "nodes.inference.batch=1")
+    async with on_stage(SEED, *settings, inline=False) as stage:
         askers = [stage.asker(actor, group) for actor in ("actor-0", "actor-1") for group in (0, 1)]
 
         async def play(asker: Asker) -> None:
@@ -332,6 +338,7 @@ async def test_predictors_answer_side_by_side(on_stage: OnStage, predictors: str
     assert all(np.diff(positions(message)).tolist() == [1] * UNROLL for message in messages)
     assert (books["act/rows"], books["unfinished"]) == (4 * ENVS * (3 * UNROLL + 1), 4 * ENVS)
     assert {"requests_per_s", "batch_fill", "batch_wait_ms", "predictors", "credit"} <= gauge.keys()
+    assert 0 < books["time/idle"] < time.perf_counter_ns() - began  # however many threads were idle at once
 
 
 # ── with real actors ─────────────────────────────────────────────────────────────────────────────────────────────

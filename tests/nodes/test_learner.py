@@ -14,7 +14,7 @@ from rig import FakeController, Living, Rig, eventually, rig_of, unroll_of
 
 from ddrl_bus import checkpoint
 from ddrl_bus.algos.base import Batch
-from ddrl_bus.errors import RefusedFileError, UsageError
+from ddrl_bus.errors import RefusedFileError
 from ddrl_bus.messages import Weights, parse
 from ddrl_bus.transport.links import Sender, Subscriber
 from ddrl_bus.transport.wire import Arena
@@ -131,12 +131,6 @@ async def test_delay_publishes_what_was_the_newest_so_many_updates_ago(on_stage:
         stage.controller.say(phase="confirm", confirm=1)
         assert await stage.version(5) == Weights(env_steps=5 * ROWS, updates=5, confirm=1)
         await stage.learner.drained()
-
-
-async def test_a_delay_that_starves_the_learner_is_refused(on_stage: OnStage) -> None:
-    async with on_stage("nodes.learner.delay=3", "links.trajectories.max_lag=2") as stage:
-        with pytest.raises(UsageError, match=r"nodes\.learner\.delay: got 3, expected at most .* which is 2"):
-            await stage.learner.task
 
 
 async def test_columns_of_several_actors_fill_a_batch(on_stage: OnStage) -> None:

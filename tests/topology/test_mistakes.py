@@ -323,6 +323,18 @@ MISTAKES = {
         "links.trajectories.max_lag",
         "got 1, expected 0: a gradient is of the parameters that played its unrolls",
     ),
+    "weights too late for lock-step": (
+        BASE.replace("learner: {}", "learner: {publish_every: ‹2}")
+        + LINKS.replace("{from: actor", "{max_lag: 0, window: 1, from: actor"),
+        "nodes.learner.publish_every",
+        "got 2, but weights up to 1 updates old would be the newest, expected at most .*max_lag, which is 0",
+    ),
+    "weights too late for the bound": (
+        BASE.replace("learner: {}", "learner: {publish_every: 4, delay: ‹3}")
+        + LINKS.replace("{from: actor", "{max_lag: 3, from: actor"),
+        "nodes.learner.delay",
+        "got 3, but weights up to 7 updates old would be the newest, expected at most .*max_lag, which is 3",
+    ),
     "trajectories from both": (
         SEED.replace("{from: inference}", "{from: ‹[actor, inference]}"),
         "links.trajectories.from",
