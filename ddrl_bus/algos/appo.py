@@ -148,3 +148,4 @@ class Appo(PolicyGradient[AppoConfig]):
         """On the device: looking at the number would wait for the update."""
         relative = self._measured_kl / self.config.kl_target
         self.kl.cost *= torch.where(relative > 2, 1.5, torch.where(relative < 0.5, 0.5, 1.0))
+        self.kl.cost.clamp_(1e-4, 1e4)  # from 0 it would never come back

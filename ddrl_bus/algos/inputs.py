@@ -35,7 +35,7 @@ def shape(spaces: Spaces) -> tuple[int, ...]:
             return (spaces.stack * features,)
         case (height, width):
             return (spaces.stack, height, width)
-        case (height, width, channels) if channels < height:
+        case (height, width, channels) if channels < min(height, width):
             return (spaces.stack * channels, height, width)
         case (channels, height, width):
             return (spaces.stack * channels, height, width)
@@ -106,6 +106,6 @@ def _last(spaces: Spaces, action: torch.Tensor, reward: torch.Tensor) -> torch.T
 def _rows(spaces: Spaces, seen: torch.Tensor) -> torch.Tensor:
     """[N, S, *obs_shape] -> [N, *shape(spaces)]."""
     dims = len(spaces.obs_shape)
-    if dims == 3 and seen.shape[-1] < seen.shape[2]:  # (height, width, channels)
+    if dims == 3 and seen.shape[-1] < min(seen.shape[2:4]):  # (height, width, channels)
         seen = seen.movedim(-1, 2)
     return seen if dims == 2 else seen.flatten(1, 2)

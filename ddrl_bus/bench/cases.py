@@ -1,9 +1,9 @@
 """What the systems are shown to learn: one case a line, and when it counts as passed.
 
-A case is an ordinary `ddrl run` in processes of its own over ZeroMQ, once a seed. Evaluations sample actions, as is
-usual for policy gradients. A run ends when weights that reached the bar reach it again on fresh seeds, or with its
-budget of steps; what counts is that last evaluation. Controls are the same agent with something taken away, over the
-whole budget: they must fail, or the bar says nothing.
+A case is an ordinary `ddrl run` over ZeroMQ, once a seed. Evaluations sample actions, as is usual for policy gradients.
+A run always goes to the end of its steps, whatever it reached on the way, and what counts is the one evaluation of its
+last weights on seeds that nothing else has seen. Controls are the same agent with something taken away: they must fail,
+or the bar says nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ddrl_bus.errors import UsageError
+from ddrl_bus.errors import DdrlError, UsageError
+from ddrl_bus.launch.start import plan_of
 
 SEEDS: Final = (1, 2, 3)
 EPISODES: Final = 20
@@ -59,7 +60,7 @@ class Case:
     bar: float
     """Mean return over 20 episodes."""
     steps: int
-    """Budget: environment steps over all actors."""
+    """Environment steps over all actors."""
     settings: str = ""
     """KEY=VALUE words, as after `ddrl run`."""
     rule: str = "worst"
@@ -69,8 +70,7 @@ class Case:
 
     def words(self, seed: int) -> list[str]:
         """What follows `ddrl`."""
-        reward = "null" if RULES[self.rule].control else f"{self.bar:g}"
-        ours = [f"stop.reward={reward}", f"stop.steps={self.steps}"]
+        ours = ["stop.reward=null", f"stop.steps={self.steps}"]
         ours += ["nodes.evaluator.greedy=false", f"nodes.evaluator.episodes={EPISODES}"]
         return [
             "run",
@@ -81,6 +81,14 @@ class Case:
             *self.settings.split(),
             *ours,
         ]
+
+    def digest(self, seed: int) -> str:
+        """Of all that the run is made of: it changes with the topology file and with defaults, too."""
+        _, topology, *overrides = self.words(seed)
+        try:
+            return plan_of(topology, overrides, probe=False).digest()
+        except DdrlError:
+            return ""
 
     def passes(self, seeds: Sequence[Seed]) -> bool:
         return RULES[self.rule].holds(self, seeds)
@@ -124,22 +132,23 @@ LAG: Final = (
 # fmt: off
 CASES: Final[tuple[Case, ...]] = (
     Case("a2c-cartpole", "a2c", 475, HALF_A_MILLION),
-    Case("a2c-acrobot", "a2c", -100, HALF_A_MILLION, env="Acrobot-v1"),
-    Case("a3c-cartpole", "a3c", 475, HALF_A_MILLION, rule="worst 400"),
+    Case("a2c-acrobot", "a2c", -100, 300_000, "algo.anneal_steps=300_000", env="Acrobot-v1"),
+    Case("a3c-cartpole", "a3c", 475, 400_000, "algo.anneal_steps=400_000", "worst 400"),
     Case("ga3c-cartpole", "ga3c", 475, HALF_A_MILLION, rule="worst 400"),
     Case("impala-cartpole", "impala", 450, MILLION),
-    Case("seed-cartpole", "seed", 450, MILLION),
+    Case("seed-cartpole", "seed", 450, 500_000, "algo.anneal_steps=500_000"),
     Case("torchbeast_mono-cartpole", "torchbeast_mono", 450, MILLION),
     Case("torchbeast_poly-cartpole", "torchbeast_poly", 450, MILLION),
     Case("appo-cartpole", "appo", 475, HALF_A_MILLION),
-    Case("impala-minatar-breakout", "impala", 4, MILLION,
+    Case("impala-minatar-breakout", "impala", 4, 800_000,
          "env.preset=minatar algo.reward_scale=1 algo.entropy_cost=0.01", env="MinAtar/Breakout-v1"),
-    Case("impala-lstm-cartpole-no-velocity", "impala", 350, 2 * MILLION, f"{NO_VELOCITY} algo.core=lstm"),
+    Case("impala-lstm-cartpole-no-velocity", "impala", 350, MILLION,
+         f"{NO_VELOCITY} algo.core=lstm algo.anneal_steps=1_000_000"),
     Case("impala-mlp-cartpole-no-velocity", "impala", 200, 2 * MILLION, NO_VELOCITY, "stays",
          control_of="impala-lstm-cartpole-no-velocity"),
-    Case("impala-lag15", "impala", 450, MILLION, LAG),
-    Case("impala-lag15-no-correction", "impala", 300, MILLION, f"{LAG} algo.correct=false", "ends under",
-         control_of="impala-lag15"),
+    Case("impala-lag15", "impala", 450, MILLION, f"{LAG} algo.anneal_steps=1_000_000"),
+    Case("impala-lag15-no-correction", "impala", 300, MILLION, f"{LAG} algo.anneal_steps=1_000_000 algo.correct=false",
+         "ends under", control_of="impala-lag15"),
 )
 # fmt: on
 

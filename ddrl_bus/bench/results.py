@@ -42,7 +42,7 @@ def run(case: Case, seed: int) -> Record:
     """One `ddrl run` to its end, as a record for results.json; a run that failed is one with its `problem`."""
     words = case.words(seed)
     record: Record = {"command": shlex.join(["ddrl", *words]), "date": time.strftime("%Y-%m-%d", time.gmtime())}
-    record["machine"] = machine()
+    record |= {"topology": case.digest(seed), "machine": machine()}
     command = [sys.executable, "-m", "ddrl_bus.cli", *words, "--json"]
     try:
         ended = subprocess.run(

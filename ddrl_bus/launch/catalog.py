@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import ddrl_bus
-from ddrl_bus.algos import REGISTRY
+from ddrl_bus.algos import REGISTRY, Algorithm
 from ddrl_bus.errors import UsageError
 from ddrl_bus.topology import AlgorithmEntry, Catalog, EnvSettings, Plan, load
 
@@ -18,7 +18,9 @@ _FOLDERS: Final = (_PACKAGE / "topologies", _PACKAGE.parent / "topologies")  # i
 
 def catalog(*, probe: bool = False) -> Catalog:
     """All algorithms; `probe` has the environment made once, so that one that cannot be is refused with its place."""
-    entries = {name: AlgorithmEntry(cls.Config, cls.wiring) for name, cls in REGISTRY.items()}
+    entries = {
+        name: AlgorithmEntry(cls.Config, cls.wiring, cls.passes is Algorithm.passes) for name, cls in REGISTRY.items()
+    }
     return Catalog(entries, _probe if probe else None)
 
 

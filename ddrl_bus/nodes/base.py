@@ -160,7 +160,8 @@ class Node(ABC):
 
     def seeds(self, restart: int = 0, stream: int = 0) -> np.random.SeedSequence:
         """Seeds of this life of this node."""
-        return node_seeds(self.plan.seed, self.role, self.node.index, (self.epoch >> 32) + restart, stream)
+        kind = [name for name, node in self.plan.nodes.items() if node.kind == self.node.kind]  # over all its groups
+        return node_seeds(self.plan.seed, self.role, kind.index(self.name), (self.epoch >> 32) + restart, stream)
 
     def submit(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """Queue `work(*args)` on this node's thread; it runs as soon as what was queued before is done."""

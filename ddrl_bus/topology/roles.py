@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ddrl_bus.topology.plan import LinkPlan
-from ddrl_bus.topology.schema import PORTS, ActorOptions, LearnerOptions, NodeOptions
+from ddrl_bus.topology.schema import PORTS, ActorOptions, AlgorithmEntry, LearnerOptions, NodeOptions
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 NEEDS: Mapping[str, Mapping[tuple[str, ...], str]] = {
@@ -33,6 +33,7 @@ class Roles:
 
     groups: Mapping[str, NodeOptions]
     links: Mapping[str, LinkPlan]
+    algorithm: AlgorithmEntry
     root: Node
     problems: Problems
 
@@ -108,6 +109,9 @@ class Roles:
 
     def _check_learners(self) -> None:
         """Several share what they learn through a parameter server, and each has actors of its own."""
+        if "gradients" in self.links and not self.algorithm.one_pass:
+            message = "its updates are several gradients each, which no parameter server can apply as one"
+            self._say(("algo", "name"), f"{message}; leave links.gradients out, or use a rule such as a2c")
         learners = [name for name, options in self.groups.items() if options.kind == "learner"]
         count = sum(self.groups[name].count for name in learners)
         if count > 1 and "gradients" not in self.links:

@@ -330,6 +330,8 @@ class AlgorithmEntry:
 
     config: type
     wiring: Mapping[str, Mapping[str, object]]
+    one_pass: bool = True
+    """An update is one gradient, so that somebody else can apply it."""
 
 
 @dataclass(frozen=True)
