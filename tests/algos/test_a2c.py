@@ -111,22 +111,12 @@ def test_a_state_that_only_truncates_learns_the_value_of_going_on() -> None:
     assert value_after(truncating(dead=True)) < 2.5
 
 
-def test_final_observations_count_at_truncated_rows_only() -> None:
+def test_final_observations_count() -> None:
     learner = A2C(config(), DISCRETE, seed=0)
     batch = make_batch().to("cpu")
     loss = learner.loss(batch)[0].item()
     moved = dataclasses.replace(batch, final_obs=batch.final_obs + 1.0)
     assert learner.loss(moved)[0].item() != pytest.approx(loss, rel=1e-6)
-
-
-def test_by_default_the_learner_waits_for_all() -> None:
-    assert A2C.wiring["trajectories"] == {
-        "kind": "queue",
-        "from": "actor",
-        "to": "learner",
-        "window": 1,
-        "max_lag": 0,
-    }
 
 
 @pytest.mark.parametrize(
