@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import assert_closed, running
 
 from ddrl_bus import algos
 from ddrl_bus.bench.control import Training
 from ddrl_bus.envs import EnvConfig
 from ddrl_bus.launch.catalog import packaged
-from runs import assert_closed, running
 
 SYSTEMS = ("a2c", "a3c", "ga3c", "impala", "appo", "seed", "torchbeast_mono", "torchbeast_poly")
 TESTED_ELSEWHERE = {"quickstart", "two-hosts"}
