@@ -113,6 +113,20 @@ async def test_a_reward_that_does_not_hold_goes_on(on_stage: OnStage) -> None:
         await stage.said("drain", reason="reward")
 
 
+async def test_a_confirmation_that_did_not_hold_is_written_once_and_confirms_nothing(on_stage: OnStage) -> None:
+    async with on_stage(REWARD) as stage:
+        await stage.everybody()
+        await stage.evaluated(500.0, number=1)
+        first = await stage.said("confirm")
+        await stage.evaluated(440.0, number=2, confirm=first.confirm)
+        await stage.said("run")
+        for _ in range(2):  # as heartbeats do
+            await stage.evaluated(440.0, number=2, confirm=first.confirm)
+        assert stage.controller.node.confirmed is None
+        lines = (stage.rig.folder / "metrics.jsonl").read_text().splitlines()
+        assert [(json.loads(line)["evaluation"] or {}).get("number") for line in lines].count(2) == 1
+
+
 async def test_spent_steps_are_confirmed_whatever_they_are_worth(on_stage: OnStage) -> None:
     async with on_stage(REWARD, "stop.steps=100") as stage:
         await stage.everybody()

@@ -635,3 +635,10 @@ def test_an_algorithm_whose_ports_do_not_exist_yet_is_refused(tmp_path: Path) ->
     entry = dataclasses.replace(CATALOG.algorithms["impala"], wiring=wiring)
     (found,) = problems(tmp_path, BASE, catalog=Catalog({"impala": entry}))
     assert (found.path, found.message[:12]) == ("links.samples", "no such port")
+
+
+def test_a_rule_of_several_gradients_an_update_has_no_parameter_server(tmp_path: Path) -> None:
+    entry = dataclasses.replace(CATALOG.algorithms["impala"], one_pass=False)
+    (found,) = problems(tmp_path, A3C, catalog=Catalog({"impala": entry}))
+    assert (found.path, found.line) == ("algo.name", 3)
+    assert "several gradients each" in found.message
