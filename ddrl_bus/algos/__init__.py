@@ -10,10 +10,11 @@ from typing import Any
 
 from ddrl_bus.algos import memory
 from ddrl_bus.algos.a2c import A2C
-from ddrl_bus.algos.acting import Acted, Policy, make_policy
+from ddrl_bus.algos.acting import make_policy
 from ddrl_bus.algos.appo import Appo
 from ddrl_bus.algos.base import Algorithm, Batch
 from ddrl_bus.algos.impala import Impala
+from ddrl_bus.algos.policy import Acted, Policy
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import UsageError
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddrl_bus.algos import memory
-from ddrl_bus.algos.acting import Acted, fitting
 from ddrl_bus.algos.base import Algorithm
 from ddrl_bus.algos.heads import head_of
 from ddrl_bus.algos.memory import CORES, LAST_ACTION, LAST_REWARD, State
 from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.policy import Acted, fitting
 from ddrl_bus.algos.spaces import Spaces
 
 Array = NDArray[Any]

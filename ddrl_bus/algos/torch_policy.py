@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from ddrl_bus.algos import memory
-from ddrl_bus.algos.acting import Acted, fitting
 from ddrl_bus.algos.base import Algorithm, torch_device
 from ddrl_bus.algos.memory import State
 from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.policy import Acted, fitting
 from ddrl_bus.algos.spaces import Spaces
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from ddrl_bus import algos, envs
 from ddrl_bus.algos import memory
-from ddrl_bus.algos.acting import Policy, make_policy
+from ddrl_bus.algos.acting import make_policy
+from ddrl_bus.algos.policy import Policy
 from ddrl_bus.checkpoint import Checkpoint
 from ddrl_bus.messages import Evaluation, Weights, parse
 from ddrl_bus.metrics import clock

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from ddrl_bus.algos.acting import Policy
+from ddrl_bus.algos.policy import Policy
 from ddrl_bus.messages import Actions, Weights, parse
 from ddrl_bus.nodes.groups import Group
 from ddrl_bus.transport.wire import Message

@@ -192,5 +192,5 @@ def test_what_fails_is_written_too_and_other_cases_are_kept(
 def test_list_prints_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results.main(["--list", "--docs", str(tmp_path / "docs")]) == 0
     out = capsys.readouterr().out
-    assert "a2c-acrobot: -100 within 300,000 steps, every seed ≥ bar\n    ddrl run a2c name=a2c-acrobot seed=1" in out
+    assert "a2c-acrobot: -100 within 500,000 steps, every seed ≥ bar\n    ddrl run a2c name=a2c-acrobot seed=1" in out
     assert not (tmp_path / "docs").exists()
