@@ -132,7 +132,7 @@ LAG: Final = (
 # fmt: off
 CASES: Final[tuple[Case, ...]] = (
     Case("a2c-cartpole", "a2c", 475, HALF_A_MILLION),
-    Case("a2c-acrobot", "a2c", -100, HALF_A_MILLION, env="Acrobot-v1"),
+    Case("a2c-acrobot", "a2c", -100, HALF_A_MILLION, "algo.entropy_cost=1e-4", env="Acrobot-v1"),
     Case("a3c-cartpole", "a3c", 475, 400_000, "algo.anneal_steps=400_000", "worst 400"),
     Case("ga3c-cartpole", "ga3c", 475, HALF_A_MILLION, rule="worst 400"),
     Case("impala-cartpole", "impala", 450, MILLION, "algo.anneal_steps=1_000_000"),
