@@ -98,6 +98,32 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """A learner asks a replay node for items. The arrays `id` and `priority` [K], which may be missing, are new
+    priorities of items that were drawn earlier."""
+
+    KIND: ClassVar[str] = "sample"
+    count: int
+    """Items wanted; 0 asks for the totals alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The answer to `Sample`: items as the columns of an unroll [T(+1), n, ...] whose `version` is [T, n]; `id` [n]
+    int64, and `probability` [n] float64 with which each was drawn among this node's."""
+
+    KIND: ClassVar[str] = "sampled"
+    items: int
+    """Held by this node when it drew."""
+    mass: float
+    """Sum of what their probabilities are in proportion to."""
+    env_steps: int
+    """Played for what this node ever took in."""
+    waits: str = ""
+    """Why there are no items, and for whom this node waits."""
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The mean return of pinned weights, played with exploration off unless the topology says otherwise."""
 
@@ -158,16 +184,16 @@ STOP: str = "stop"
 PULL: str = "pull"
 """Request to the parameter server: answers with `Parameters`, verdict `pulled`."""
 
-M = TypeVar("M", Trajectory, Weights, Act, Actions, Gradient, Parameters, Progress, Control)
+M = TypeVar("M", Trajectory, Weights, Act, Actions, Gradient, Parameters, Sample, Sampled, Progress, Control)
 
 
-_CLASSES: tuple[type[Any], ...] = (Trajectory, Weights, Act, Actions, Gradient, Parameters, Progress, Control)
+_CLASSES: tuple[type[Any], ...] = M.__constraints__
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in _CLASSES}
 _NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Evaluation)}
 
 
 def fields_of(
-    message: Trajectory | Weights | Act | Actions | Gradient | Parameters | Progress | Control,
+    message: Trajectory | Weights | Act | Actions | Gradient | Parameters | Sample | Sampled | Progress | Control,
 ) -> dict[str, Any]:
     """The map of scalars that travels for `message`."""
     values = {name: getattr(message, name) for name in _NAMES[type(message)]}

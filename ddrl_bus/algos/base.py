@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from ddrl_bus.algos import memory
 from ddrl_bus.algos.config import AgentConfig
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.policy import Explore
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RefusedFileError, UsageError
 
@@ -59,6 +60,8 @@ class Batch:
     """[K] int64"""
     state: dict[str, Array] = field(default_factory=dict)
     """recurrent state before row 0, {name: [B, ...]}"""
+    weight: Array | None = None
+    """[B] float32, importance weights of replayed columns, at most 1; None where all count alike"""
 
     def to(self, device: str | torch.device) -> Batch:
         """The same rows as torch tensors on `device`; numpy arrays are shared, not copied, where that is the CPU."""
@@ -70,9 +73,22 @@ class Batch:
         def mapped(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: function(array) for name, array in value.items()}
-            return function(value)
+            return None if value is None else function(value)
 
         return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
+
+
+class Windows(NamedTuple):
+    """What is replayed of a column of an unroll: windows of consecutive rows, each an item of its own."""
+
+    rows: int
+    """of an unroll"""
+    overlap: int
+    """rows at the end of an unroll with which the next one begins"""
+    length: int
+    """rows of a window"""
+    starts: int
+    """windows, one from each of the first rows"""
 
 
 class Algorithm(ABC, Generic[ConfigT]):
@@ -99,6 +115,8 @@ class Algorithm(ABC, Generic[ConfigT]):
         self.device = torch_device(device)
         self.updates = 0
         self.env_steps = 0
+        self.errors: NDArray[np.float32] | None = None
+        """[B] of the newest update, priorities of the columns that it was trained on; None for rules without"""
         self.generator = torch.Generator().manual_seed(seed)
         self.net: Any = self.network(config, spaces, self.generator).to(self.device)
         self._params = list(self.net.parameters())
@@ -133,14 +151,28 @@ class Algorithm(ABC, Generic[ConfigT]):
     @classmethod
     @abstractmethod
     def act(
-        cls, config: ConfigT, spaces: Spaces, outputs: Mapping[str, NDArray[Any]], noise: Noise, greedy: bool
+        cls, config: ConfigT, spaces: Spaces, outputs: Mapping[str, NDArray[Any]], noise: Noise, explore: Explore | None
     ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-        """Actions [N] or [N, D] and the record {name: [N, ...]}, from the network's `outputs` {name: [N, ...]}."""
+        """Actions [N] or [N, D] and the record {name: [N, ...]}, from the network's `outputs` {name: [N, ...]}; the
+        best known actions without `explore`."""
 
     @classmethod
     def carried(cls, config: ConfigT, spaces: Spaces) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What the agent carries from step to step: {name: (dtype, shape of one environment's)}."""
         return memory.spec(config, spaces)
+
+    @classmethod
+    def windows(cls, config: ConfigT) -> Windows | None:
+        """What a replay node keeps for this rule; None for one that learns from unrolls as they come."""
+        return None
+
+    @classmethod
+    def priorities(
+        cls, config: ConfigT, rows: Mapping[str, NDArray[Any]], record: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """[starts, N] first priorities of an unroll's windows, from what the actors recorded of its rows; for rules
+        with `windows`. `rows` has reward, terminated and truncated [rows, N], `record` what `act` recorded."""
+        raise NotImplementedError
 
     def passes(self, batch: Batch) -> Iterable[Batch]:
         """The batches to train on now that `batch` came, one after the other; its memory is used again afterwards."""
@@ -152,8 +184,10 @@ class Algorithm(ABC, Generic[ConfigT]):
 
     # ---- written once
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch, env_steps: int | None = None) -> dict[str, float]:
         """One update: for each of its `passes` a gradient, clipped to a global norm, and applied.
+
+        It counts for `env_steps` more of the run; default: for its rows, each of which is trained on once.
 
         Returns {name: mean} for every `report_every`-th update, else {}: reading numbers out of torch takes time, and
         on a GPU it waits for the whole update.
@@ -163,7 +197,7 @@ class Algorithm(ABC, Generic[ConfigT]):
         for each in self.passes(batch):
             tensors = self._backward(each)
             tensors["grad_norm"] = self._descend()
-        self._count(batch.reward.numel())
+        self._count(batch.reward.numel() if env_steps is None else env_steps)
         return {} if (self.updates - 1) % self.report_every else _means(tensors)
 
     def gradients(self, batch: Batch) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
@@ -192,8 +226,8 @@ class Algorithm(ABC, Generic[ConfigT]):
         self._count(env_steps)
         return float(norm)
 
-    def load(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        """Takes `weights` as another instance gave them out."""
+    def load(self, weights: Mapping[str, NDArray[Any]], updates: int = 0) -> None:
+        """Takes `weights` as another instance gave them out after so many updates."""
         self.net.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
 
     def _backward(self, batch: Batch) -> dict[str, torch.Tensor]:

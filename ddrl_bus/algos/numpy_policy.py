@@ -18,7 +18,7 @@ from ddrl_bus.algos.base import Algorithm
 from ddrl_bus.algos.heads import head_of
 from ddrl_bus.algos.memory import CORES, LAST_ACTION, LAST_REWARD, State
 from ddrl_bus.algos.noise import Noise
-from ddrl_bus.algos.policy import Acted, fitting
+from ddrl_bus.algos.policy import Acted, Explore, fitting
 from ddrl_bus.algos.spaces import Spaces
 
 Array = NDArray[Any]
@@ -69,7 +69,7 @@ class NumpyPolicy:
     def initial_state(self, n: int) -> State:
         return memory.initial(self._config, self._spaces, n)
 
-    def act(self, obs: Array, state: State, *, greedy: bool = False) -> Acted:
+    def act(self, obs: Array, state: State, explore: Explore | None) -> Acted:
         if len(obs) != self._n:
             self._buffers(len(obs))
         self._input[...] = obs.T
@@ -83,7 +83,7 @@ class NumpyPolicy:
             state = self._core.step(self._joint, state)
             self._top[:-1] = state["h"].T
         np.dot(self._heads, self._top, out=self._out)
-        action, record = self._algorithm.act(self._config, self._spaces, self._outputs, self._noise, greedy)
+        action, record = self._algorithm.act(self._config, self._spaces, self._outputs, self._noise, explore)
         return Acted(action, record, state)
 
     def _buffers(self, n: int) -> None:

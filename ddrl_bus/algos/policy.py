@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ddrl_bus.algos.memory import State
 from ddrl_bus.errors import UsageError
+
+
+class Explore(NamedTuple):
+    """What exploration depends on besides the network's outputs."""
+
+    place: NDArray[np.float32]
+    """[N] of each environment among all that the run's actors step, from 0 to 1; it keeps it for life"""
+    env_steps: int = 0
+    """that the acting weights were trained on"""
 
 
 class Acted(NamedTuple):
@@ -32,8 +42,8 @@ class Policy(Protocol):
     def initial_state(self, n: int) -> State:
         """What the agent carries at the start of n episodes; {} for most."""
 
-    def act(self, obs: NDArray[Any], state: State, *, greedy: bool = False) -> Acted:
-        """One step of N environments.  Shapes: obs [N, ...]."""
+    def act(self, obs: NDArray[Any], state: State, explore: Explore | None) -> Acted:
+        """One step of N environments; greedily without `explore`.  Shapes: obs [N, ...]."""
 
 
 def fitting(weights: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> NDArray[Any]:

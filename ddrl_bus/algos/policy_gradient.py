@@ -12,6 +12,7 @@ from ddrl_bus.algos.config import PolicyGradientConfig
 from ddrl_bus.algos.heads import Head, head_of
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.policy import Explore
 from ddrl_bus.algos.spaces import Spaces
 
 ConfigT = TypeVar("ConfigT", bound=PolicyGradientConfig)
@@ -31,10 +32,10 @@ class PolicyGradient(Algorithm[ConfigT]):
 
     @classmethod
     def act(
-        cls, config: ConfigT, spaces: Spaces, outputs: Mapping[str, NDArray[Any]], noise: Noise, greedy: bool
+        cls, config: ConfigT, spaces: Spaces, outputs: Mapping[str, NDArray[Any]], noise: Noise, explore: Explore | None
     ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
         policy = outputs["policy"]
-        return head_of(spaces).sample(policy, noise, greedy), {"policy": policy}
+        return head_of(spaces).sample(policy, noise, greedy=explore is None), {"policy": policy}
 
     @classmethod
     def network(cls, config: ConfigT, spaces: Spaces, generator: torch.Generator | None) -> Any:

@@ -13,7 +13,7 @@ from ddrl_bus.algos import memory
 from ddrl_bus.algos.base import Algorithm, torch_device
 from ddrl_bus.algos.memory import State
 from ddrl_bus.algos.noise import Noise
-from ddrl_bus.algos.policy import Acted, fitting
+from ddrl_bus.algos.policy import Acted, Explore, fitting
 from ddrl_bus.algos.spaces import Spaces
 
 
@@ -46,13 +46,13 @@ class TorchPolicy:
     def initial_state(self, n: int) -> State:
         return memory.initial(self._config, self._spaces, n)
 
-    def act(self, obs: NDArray[Any], state: State, *, greedy: bool = False) -> Acted:
+    def act(self, obs: NDArray[Any], state: State, explore: Explore | None) -> Acted:
         with torch.inference_mode():
             outputs, carried = self._net.step(
                 self._tensor(obs), {name: self._tensor(array) for name, array in state.items()}
             )
         said = {name: tensor.cpu().numpy() for name, tensor in outputs._asdict().items()}
-        action, record = self._algorithm.act(self._config, self._spaces, said, self._noise, greedy)
+        action, record = self._algorithm.act(self._config, self._spaces, said, self._noise, explore)
         return Acted(action, record, {name: tensor.cpu().numpy() for name, tensor in carried.items()})
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:

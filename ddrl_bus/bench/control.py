@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddrl_bus.algos import Algorithm, Batch, algorithm, make_policy, memory
+from ddrl_bus.algos.policy import Explore
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.envs import EnvConfig, VectorEnv, describe
 from ddrl_bus.nodes.base import node_seeds
@@ -193,7 +194,7 @@ class _Actor:
     ) -> None:
         self.env = VectorEnv(env, envs, node_seeds(seed, "actor", index))
         self._policy = make_policy(algo, config, self.env.spaces, node_seeds(seed, "actor", index, stream=1))
-        self._clock = clock
+        self._clock, self._explore = clock, Explore(np.zeros(envs, np.float32))
         self._obs, self._state = self.env.reset(), self._policy.initial_state(envs)
 
     def unroll(
@@ -206,7 +207,7 @@ class _Actor:
             batch.state[name][columns] = array
         final = [(self._obs[:0], np.zeros(0, np.int64))]
         for t in range(len(batch.reward)):
-            acted = self._clock("forward", self._policy.act, self._obs, self._state)
+            acted = self._clock("forward", self._policy.act, self._obs, self._state, self._explore)
             step = self._clock("env", self.env.step, acted.action)
             batch.obs[t, columns] = self._obs
             batch.action[t, columns] = acted.action

@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 from ddrl_bus.algos import memory
 from ddrl_bus.algos.acting import make_policy
 from ddrl_bus.algos.memory import State
+from ddrl_bus.algos.policy import Explore
 from ddrl_bus.envs import VectorEnv
 from ddrl_bus.errors import EnvError
 from ddrl_bus.experience import RECORD, STATE, Unroll
 from ddrl_bus.messages import Trajectory, Weights, fields_of, parse
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.assembly import Played
-from ddrl_bus.nodes.base import Node
+from ddrl_bus.nodes.base import Node, places
 from ddrl_bus.nodes.env_faults import EnvFaults
 from ddrl_bus.transport.wire import Array, Message
 
@@ -40,6 +41,7 @@ class Actor(Node):
         self.policy = make_policy(self.algorithm, self.plan.algo, self.spaces, self.seeds(stream=1))
         self.envs: int = options.envs
         self.layout = self.schema.layout(self.envs)
+        self.explore = Explore(places(self.plan, self.node))
         self.env_steps = self.ledger.counter("env_steps")
         self.env_faults = self.ledger.counter("env_faults")
         self.faults = EnvFaults(self.env_faults, self.log)
@@ -117,6 +119,7 @@ class Actor(Node):
         with self.clocks["unpack"]:
             weights = parse(Weights, newest)
             self.policy.load(newest.arrays)
+            self.explore = self.explore._replace(env_steps=weights.env_steps)
             self.loaded, self.version, self.learner_epoch = newest, weights.updates, newest.epoch
 
     def _unroll(self) -> Played:
@@ -130,7 +133,7 @@ class Actor(Node):
             rows[STATE + name][...] = array
         for t in range(self.schema.unroll):
             with forward:
-                acted = self.policy.act(self.obs, self.memory)
+                acted = self.policy.act(self.obs, self.memory, self.explore)
             with env:
                 step = self.env_group.step(acted.action)
             with record:

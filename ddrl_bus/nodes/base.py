@@ -38,6 +38,7 @@ from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger, read
 from ddrl_bus.transport.links import Client, Publisher, Receiver, Sender, Server, Subscriber
 from ddrl_bus.transport.memory import MemoryHub
+from ddrl_bus.transport.wire import Array
 
 HEARTBEAT_S: Final = 0.5
 """Application heartbeat: it comes from the event loop, so a node whose loop hangs goes silent."""
@@ -50,9 +51,10 @@ KINDS: Final = {
     "controller": "Controller",
     "inference": "Inference",
     "param_server": "ParamServer",
+    "replay": "Replay",
 }
 """Kind → class, in the module of that name; it is imported when a node of the kind is made."""
-ROLES: Final = ("controller", "learner", "actor", "evaluator", "inference", "param_server")
+ROLES: Final = ("controller", "learner", "actor", "evaluator", "inference", "param_server", "replay")
 """Order is part of every seed: append only."""
 
 TRANSITIONS: Final[dict[NodeState, frozenset[NodeState]]] = {
@@ -361,12 +363,25 @@ def node_seeds(run: int, role: str, index: int, life: int = 1, stream: int = 0) 
     return np.random.SeedSequence([run, ROLES.index(role), index, life, stream])
 
 
+def places(plan: Plan, actor: NodePlan) -> Array:
+    """[N] of an actor's environments among all that the run's actors step, from 0 to 1; 0 of a single one."""
+    actors = [node for node in plan.nodes.values() if node.kind == actor.kind]
+    counts: list[Any] = [node.options for node in actors]
+    first = sum(options.envs for options in counts[: actors.index(actor)])
+    total = sum(options.envs for options in counts)
+    mine: Any = actor.options
+    found: Array = np.arange(first, first + mine.envs, dtype=np.float32) / np.float32(max(1, total - 1))
+    return found
+
+
 def node_class(plan: Plan, name: str) -> type[Node]:
     """What to make of a node: its kind says, and of learners and actors their ports too."""
     module = plan.nodes[name].kind
     cls = KINDS[module]
     if module == "learner" and "gradients" in plan.ports(name):
         module, cls = "worker", "Worker"
+    elif module == "learner" and getattr(plan.nodes[name].options, "trainers", 1) != 1:
+        module, cls = "parallel_learner", "ParallelLearner"
     if module == "actor" and "act" in plan.ports(name):
         module, cls = "env_actor", "EnvActor"
     found: type[Node] = getattr(import_module(f"ddrl_bus.nodes.{module}"), cls)

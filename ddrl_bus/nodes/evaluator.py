@@ -11,7 +11,7 @@ import numpy as np
 from ddrl_bus import algos, envs
 from ddrl_bus.algos import memory
 from ddrl_bus.algos.acting import make_policy
-from ddrl_bus.algos.policy import Policy
+from ddrl_bus.algos.policy import Explore, Policy
 from ddrl_bus.checkpoint import Checkpoint
 from ddrl_bus.messages import Evaluation, Weights, parse
 from ddrl_bus.metrics import clock
@@ -87,10 +87,11 @@ def play(
     One each, so that short episodes are not counted more often than long ones.
     """
     group = envs.VectorEnv(env, episodes, seeds)
+    explore = None if greedy else Explore(np.ones(episodes, np.float32))
     returns: dict[int, float] = {}
     obs, carried = group.reset(), policy.initial_state(episodes)
     for _ in range(MAX_STEPS):
-        acted = policy.act(obs, carried, greedy=greedy)
+        acted = policy.act(obs, carried, explore)
         step = group.step(acted.action)
         obs, carried = step.obs, memory.carry(acted.state, acted.action, step.reward, step.final_index)
         for index, (episode_return, _) in zip(step.final_index.tolist(), step.episodes, strict=True):

@@ -27,11 +27,15 @@ class Group:
         life: the actor's epoch.
         step: the first one it asks for; not 0 where this inference node is the younger one.
         initial: makes the state of the agents at the start of their episodes.
+        places: [n] of the environments among all of the run.
         assembler: puts their unrolls together; None where the actor does.
     """
 
-    def __init__(self, life: int, step: int, initial: Callable[[], State], assembler: Assembler | None) -> None:
+    def __init__(
+        self, life: int, step: int, initial: Callable[[], State], places: Array, assembler: Assembler | None
+    ) -> None:
         self.life = life
+        self.places = places
         self.assembler = assembler
         self.step = step - 1
         """The newest one asked for."""

@@ -10,10 +10,9 @@ on.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from functools import partial
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from ddrl_bus.algos import memory
 from ddrl_bus.algos.acting import make_policy
@@ -21,16 +20,14 @@ from ddrl_bus.errors import WireError
 from ddrl_bus.messages import Act, Actions, fields_of, parse
 from ddrl_bus.metrics import SharedClock, clock
 from ddrl_bus.nodes.assembly import Assembler, Played
-from ddrl_bus.nodes.base import Node
+from ddrl_bus.nodes.base import Node, places
 from ddrl_bus.nodes.batching import Batcher
 from ddrl_bus.nodes.groups import Group, refusal
-from ddrl_bus.nodes.predictors import HillClimb, Predictor
+from ddrl_bus.nodes.predictors import Predictor
+from ddrl_bus.nodes.tuning import most, tuned
 from ddrl_bus.transport.links.end import Signal
 from ddrl_bus.transport.links.request import Request
-from ddrl_bus.transport.wire import Message
-
-TUNE_S: Final = 5.0
-"""How long a number of predictors is watched."""
+from ddrl_bus.transport.wire import Array, Message
 
 Key = tuple[str, int]
 """Actor and number of a group."""
@@ -41,7 +38,7 @@ class Inference(Node):
 
     def threads(self) -> int:
         options: Any = self.node.options
-        return (os.cpu_count() or 1) if options.predictors == "auto" else int(options.predictors)
+        return most(options.predictors)
 
     async def start(self) -> None:
         options: Any = self.node.options
@@ -53,8 +50,8 @@ class Inference(Node):
         self.unsent: deque[tuple[Key, Group, Played]] = deque()
         self.blocked = asyncio.Event()
         self.changed = Signal()
-        self.climb = HillClimb(self.threads()) if options.predictors == "auto" else None
-        self.in_use = 1 if self.climb else self.threads()
+        self.tuned = options.predictors == "auto"
+        self.in_use = 1 if self.tuned else self.threads()
         self.predictors: dict[int, Predictor] = {}
         self.waiting = SharedClock(self.ledger, self.threads())
         self.clocks = {name: clock(self.ledger, name) for name in ("weights_wait", "pack", "send")}
@@ -125,22 +122,24 @@ class Inference(Node):
         key = message.node, act.group
         group = self.groups.get(key)
         if group is None or message.epoch > group.life:
-            group = self.groups[key] = self._new_group(key, message.epoch, act.step, envs)
+            mine = places(self.plan, actor)[act.group * envs : (act.group + 1) * envs]
+            group = self.groups[key] = self._new_group(key, message.epoch, act.step, mine)
         if message.epoch < group.life:
             raise WireError("fenced", f"a newer life of {message.node} is here")
         if not group.may_ask(act.step):
             raise WireError("step", f"got step {act.step} of group {act.group}, after step {group.step}")
         return group
 
-    def _new_group(self, key: Key, life: int, step: int, envs: int) -> Group:
+    def _new_group(self, key: Key, life: int, step: int, places: Array) -> Group:
         before = self.groups.get(key)
         if before is not None:
             self.batcher.drop(key)
             before.left = True
             if not before.out:  # else whoever answers it sees to that
                 self.unfinished.add(before.abandon())
+        envs = len(places)
         assembler = Assembler(self.schema.layout(envs), self.schema.unroll) if self.trajectories else None
-        return Group(life, step, partial(memory.initial, self.plan.algo, self.spaces, envs), assembler)
+        return Group(life, step, partial(memory.initial, self.plan.algo, self.spaces, envs), places, assembler)
 
     # ---- answers
 
@@ -183,11 +182,10 @@ class Inference(Node):
 
     async def _tune(self) -> None:
         """Find the number of predictors that answers most rows a second."""
-        while self.climb:
-            before = self.rows.value
-            await asyncio.sleep(TUNE_S)
-            self.in_use = self.climb.measured((self.rows.value - before) / TUNE_S)
-            self.changed.notify()
+        if self.tuned:
+            async for number in tuned(self.threads(), lambda: self.rows.value):
+                self.in_use = number
+                self.changed.notify()
 
     # ---- on the compute threads, one predictor on each
 

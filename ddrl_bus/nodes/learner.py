@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from ddrl_bus.experience import Slot
@@ -21,7 +23,7 @@ from ddrl_bus.nodes.trainer import Snapshot, Trainer, lag_gauge
 from ddrl_bus.transport.wire import Array, Message
 
 Updated = tuple[Slot, Snapshot | None]
-"""A slot that was trained on, and the weights that came of it, if they are due to be published."""
+"""A slot that was trained on, and the weights that are due to be published now, if any are."""
 
 
 class Learner(Node):
@@ -39,18 +41,18 @@ class Learner(Node):
         self.first_update_at = 0.0
         self.trainer = Trainer(self, self.open_publisher("weights"))
         await self.compute(self._build, options.device)
-
-    def _build(self, device: str) -> None:
-        self.algo = self.trainer.build(device)
-        self.slots = self.intake.allocate(3, self.algo.device)
-
-    async def run(self) -> None:
         self.free: asyncio.Queue[Slot] = asyncio.Queue()
         self.ready: deque[Slot] = deque()
         self.batch_ready = asyncio.Event()
         self.training: deque[asyncio.Future[Updated]] = deque()
         for slot in self.slots:
             self.free.put_nowait(slot)
+
+    def _build(self, device: str) -> None:
+        self.algo = self.trainer.build(device)
+        self.slots = self.intake.allocate(self.threads() + 2, self.algo.device)
+
+    async def run(self) -> None:
         self.trainer.publish(await self.compute(self.trainer.snapshot))
         assembling = asyncio.create_task(self._assemble(), name=f"{self.name}.assemble")
         try:
@@ -90,9 +92,12 @@ class Learner(Node):
             await asyncio.gather(*self.training, return_exceptions=True)  # the first failure is the one to show
 
     def _train_ahead(self) -> None:
-        """Hand ready batches to the thread, two at most: the second hides the switch between loop and thread."""
-        while self.ready and len(self.training) < 2 and self._may_train():
+        while self.ready and len(self.training) < self.ahead() and self._may_train():
             self.training.append(self.submit(self._update, self.ready.popleft()))
+
+    def ahead(self) -> int:
+        """Batches that are handed to the thread at a time: the second hides the switch between loop and thread."""
+        return 2
 
     def _may_train(self) -> bool:
         """Whether one more update, after those under way, is wanted."""
@@ -113,33 +118,39 @@ class Learner(Node):
 
     def _updated(self, updated: Updated) -> None:
         self.training.popleft()
-        slot, snapshot = updated
+        slot, due = updated
         self.intake.trained(slot.messages)
         slot.clear()
         self.free.put_nowait(slot)
         if not self.first_update_at:
             self.first_update_at = time.time()
             self.report()
-        if snapshot is not None:
-            self._publish(snapshot)
-
-    def _update(self, slot: Slot) -> Updated:
-        """One update, on the compute thread; a snapshot of the weights if they are due."""
-        self.lags.append(self.algo.updates - slot.version)
-        with self.clocks["learn"]:
-            self.metrics.update(self.algo.step(batch_of(slot, self.schema)))
-        if self.trainer.save_due:
-            self.trainer.save()
-        return slot, self.trainer.snapshot() if self.algo.updates % self.publish_every == 0 else None
-
-    def _publish(self, newest: Snapshot) -> None:
-        """Publish the weights of `delay` updates ago, as soon as there are such."""
-        self.delayed.append(newest)
-        due = None
-        while self.delayed and newest.weights.updates - self.delayed[0].weights.updates >= self.delay:
-            due = self.delayed.popleft()
         if due is not None:
             self.trainer.publish(due)
+
+    # ---- on the compute thread
+
+    def _update(self, slot: Slot) -> Updated:
+        return self._apply(slot, partial(self.algo.step, batch_of(slot, self.schema)))
+
+    def _apply(self, slot: Slot, step: Callable[[], dict[str, float]]) -> Updated:
+        """One update by `step`, and what is due after it."""
+        self.lags.append(self.algo.updates - slot.version)
+        with self.clocks["learn"]:
+            self.metrics.update(step())
+        if self.trainer.save_due:
+            self.trainer.save()
+        return slot, self._due()
+
+    def _due(self) -> Snapshot | None:
+        """Every `publish_every` updates the weights of `delay` updates ago, as soon as there are such."""
+        if self.algo.updates % self.publish_every:
+            return None
+        self.delayed.append(self.trainer.snapshot())
+        due = None
+        while self.delayed and self.algo.updates - self.delayed[0].weights.updates >= self.delay:
+            due = self.delayed.popleft()
+        return due
 
     def gauge(self) -> dict[str, float]:
         return {

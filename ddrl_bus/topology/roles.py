@@ -46,6 +46,7 @@ class Roles:
         self._check_evaluators()
         self._check_learners()
         self._check_staleness()
+        self._check_trainers()
 
     def _say(self, path: tuple[str, ...], message: str) -> None:
         self.problems.add(self.root.find(path), dotted(path), message)
@@ -106,6 +107,21 @@ class Roles:
                 got = f"got {getattr(options, which)}, but weights up to {oldest} updates old would be the newest"
                 fix = f"expected at most links.trajectories.max_lag, which is {link.max_lag}"
                 self._say(("nodes", group, which), f"{got}, {fix}")
+
+    def _check_trainers(self) -> None:
+        """Of several gradients at a time each is applied to what the others have made of the parameters."""
+        for group, options in self.groups.items():
+            if not isinstance(options, LearnerOptions) or options.trainers == 1:
+                continue
+            if not self.algorithm.one_pass:
+                why = "an update of this rule is several gradients, one after the other"
+            elif "gradients" in self.links:
+                why = "a worker computes one gradient at a time; raise the count of workers"
+            elif (link := self.links.get("trajectories")) and link.max_lag is not None:
+                why = "with max_lag each update must know how far the parameters will be; leave that out"
+            else:
+                continue
+            self._say(("nodes", group, "trainers"), f"got {came(options.trainers)}, expected 1: {why}")
 
     def _check_learners(self) -> None:
         """Several share what they learn through a parameter server, and each has actors of its own."""

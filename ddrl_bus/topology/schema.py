@@ -236,6 +236,13 @@ class LearnerOptions(NodeOptions):
     """Updates between two published versions."""
     delay: int = Field(0, ge=0, lt=2**16)
     """Publishes the weights of so many updates ago: for experiments on staleness."""
+    trainers: CountOrAuto = 1
+    """Gradients that are computed at a time (GA3C); auto: as many as make the most updates a second."""
+    prefetch: Count = 2
+    """With `samples`: batches that are drawn ahead."""
+    outliers: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """With `gradients`: leaves out a batch whose loss is further above its running mean than so many standard
+    deviations (Gorila), unless several in a row are; default: none."""
 
 
 class EvaluatorOptions(NodeOptions):
@@ -280,6 +287,22 @@ class ParamServerOptions(NodeOptions):
     """Answers a gradient only after a checkpoint holds it."""
 
 
+class ReplayOptions(NodeOptions):
+    """Keeps experience, and draws batches of it for learners; several share it as shards."""
+
+    kind: Literal["replay"] = "replay"
+    capacity: Count = 100_000
+    """Items per shard (transitions or sequences), rounded up to whole unrolls; above it the oldest go."""
+    min_size: Count = 1_000
+    """Items in a shard before any is drawn."""
+    samples_per_insert: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """How often an item is drawn on average; whoever is ahead of that waits. Default: nobody waits."""
+    slack: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Drawn items that either side may be ahead by; default: enough for two batches and two unrolls."""
+    save: bool = True
+    """Its contents are part of checkpoints."""
+
+
 KINDS: Mapping[str, type[NodeOptions]] = {
     "actor": ActorOptions,
     "learner": LearnerOptions,
@@ -287,6 +310,7 @@ KINDS: Mapping[str, type[NodeOptions]] = {
     "controller": ControllerOptions,
     "inference": InferenceOptions,
     "param_server": ParamServerOptions,
+    "replay": ReplayOptions,
 }
 
 
@@ -304,7 +328,8 @@ class PortRule:
 
 
 PORTS: Mapping[str, PortRule] = {
-    "trajectories": PortRule("queue", ("actor", "inference"), ("learner",)),
+    "trajectories": PortRule("queue", ("actor", "inference"), ("learner", "replay")),
+    "samples": PortRule("request", ("learner",), ("replay",)),
     "weights": PortRule("latest", ("learner",), ("actor", "inference", "evaluator")),
     "act": PortRule("request", ("actor",), ("inference",)),
     "gradients": PortRule("request", ("learner",), ("param_server",)),
@@ -332,6 +357,8 @@ class AlgorithmEntry:
     wiring: Mapping[str, Mapping[str, object]]
     one_pass: bool = True
     """An update is one gradient, so that somebody else can apply it."""
+    replayed: bool = False
+    """It learns from what a replay node draws, not from unrolls as they come."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ import torch
 from ddrl_bus.algos import Spaces, algorithm, make_policy
 from ddrl_bus.algos.impala import Impala, ImpalaConfig
 from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.policy import Explore
 from ddrl_bus.errors import UsageError
+
+EXPLORE = Explore(np.zeros(1, np.float32))
 
 SPACES = Spaces((5,), "float32", "discrete", 3)
 
@@ -39,7 +42,7 @@ def test_the_numpy_forward_equals_the_network(activation: str, shared: bool, hid
     policy.load(weights)
     for n in (7, 1, 32):  # the buffers follow the number of environments
         obs = np.random.default_rng(n).normal(size=(n, 5)).astype(np.float32)
-        logits = policy.act(obs, {}).record["policy"]
+        logits = policy.act(obs, {}, EXPLORE).record["policy"]
         with torch.no_grad():
             expected = learner.net(torch.from_numpy(obs)).policy.numpy()
         assert logits.dtype == np.float32
@@ -54,7 +57,7 @@ def test_other_dtypes_of_observations_are_converted() -> None:
     obs = np.random.default_rng(0).integers(0, 9, (4, 5), dtype=np.uint8)
     with torch.no_grad():
         expected = learner.net(torch.from_numpy(obs)).policy.numpy()
-    np.testing.assert_allclose(policy.act(obs, {}).record["policy"], expected, atol=1e-5)
+    np.testing.assert_allclose(policy.act(obs, {}, EXPLORE).record["policy"], expected, atol=1e-5)
 
 
 def test_actions_are_drawn_from_the_softmax() -> None:
@@ -63,7 +66,7 @@ def test_actions_are_drawn_from_the_softmax() -> None:
     policy = make_policy(Impala, settings, SPACES, seed=3)
     policy.load(weights)
     obs = np.repeat(np.random.default_rng(0).normal(size=(1, 5)).astype(np.float32), 20_000, axis=0)
-    acted = policy.act(obs, {})
+    acted = policy.act(obs, {}, EXPLORE)
     logits = acted.record["policy"][0].astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum()
     share = np.bincount(acted.action, minlength=3) / len(obs)
@@ -76,7 +79,7 @@ def test_greedy_takes_the_largest_logit() -> None:
     _, weights = trained_weights(config())
     policy = make_policy(Impala, config(), SPACES, seed=3)
     policy.load(weights)
-    acted = policy.act(np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32), {}, greedy=True)
+    acted = policy.act(np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32), {}, None)
     assert acted.action.tolist() == acted.record["policy"].argmax(axis=1).tolist()
     assert len(set(acted.action.tolist())) > 1
 
@@ -84,7 +87,7 @@ def test_greedy_takes_the_largest_logit() -> None:
 def test_seeds_decide_the_actions() -> None:
     def actions(seed: int) -> list[list[int]]:
         policy = make_policy(Impala, config(), SPACES, seed=seed)
-        return [policy.act(np.zeros((9, 5), np.float32), {}).action.tolist() for _ in range(20)]
+        return [policy.act(np.zeros((9, 5), np.float32), {}, EXPLORE).action.tolist() for _ in range(20)]
 
     assert actions(1) == actions(1)
     assert actions(1) != actions(2)
@@ -95,14 +98,14 @@ def test_read_only_weights_are_taken_and_not_kept() -> None:
     policy = make_policy(Impala, config(), SPACES, seed=0)
     policy.load(weights)
     obs = np.ones((2, 5), np.float32)
-    before = policy.act(obs, {}).record["policy"].copy()
+    before = policy.act(obs, {}, EXPLORE).record["policy"].copy()
     for array in weights.values():
         array *= 2  # the message's buffer is used again
-    np.testing.assert_array_equal(policy.act(obs, {}).record["policy"], before)
+    np.testing.assert_array_equal(policy.act(obs, {}, EXPLORE).record["policy"], before)
     for array in weights.values():
         array.setflags(write=False)
     policy.load(weights)
-    assert np.abs(policy.act(obs, {}).record["policy"] - before).max() > 1e-3
+    assert np.abs(policy.act(obs, {}, EXPLORE).record["policy"] - before).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["torso.0.weight", "policy.bias"])
@@ -142,7 +145,7 @@ shapes = {{"torso.0.weight": (64, 4), "torso.0.bias": 64, "torso.1.weight": (64,
           "core.rnn.bias_ih_l0": 32, "core.rnn.bias_hh_l0": 32,
           "policy.weight": (2, 64 if config.core == "none" else 8), "policy.bias": 2}}
 policy.load({{name: np.ones(shape, "f") for name, shape in shapes.items()}})
-policy.act(np.zeros((3, 4), "f"), policy.initial_state(3))
+policy.act(np.zeros((3, 4), "f"), policy.initial_state(3), None)
 assert "torch" not in sys.modules
 from ddrl_bus.algos.lazy import torch
 assert torch.zeros(2).tolist() == [0.0, 0.0] and "torch" in sys.modules

@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 from ddrl_bus.algos import Batch, Spaces, make_policy, returns
 from ddrl_bus.algos.impala import Impala, ImpalaConfig
+from ddrl_bus.algos.policy import Explore
 from ddrl_bus.errors import UsageError
+
+EXPLORE = Explore(np.zeros(1, np.float32))
 
 
 def config(**changes: Any) -> ImpalaConfig:
@@ -111,7 +114,7 @@ def test_rows_that_the_actor_just_chose_have_ratio_one() -> None:
     policy = make_policy(Impala, settings, DISCRETE, seed=0)
     policy.load(learner.weights())
     batch = make_batch()
-    acted = policy.act(batch.obs[:T].reshape(T * B, 4), {})
+    acted = policy.act(batch.obs[:T].reshape(T * B, 4), {}, EXPLORE)
     batch.action = acted.action.reshape(T, B)
     batch.record = {"policy": acted.record["policy"].reshape(T, B, 3)}
     _, report = learner.loss(batch.to("cpu"))

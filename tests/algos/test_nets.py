@@ -14,8 +14,11 @@ from ddrl_bus.algos import Batch, Policy, Spaces, make_policy, memory
 from ddrl_bus.algos.impala import Impala, ImpalaConfig
 from ddrl_bus.algos.noise import Noise
 from ddrl_bus.algos.numpy_policy import NumpyPolicy
+from ddrl_bus.algos.policy import Explore
 from ddrl_bus.algos.torch_policy import TorchPolicy
 from ddrl_bus.errors import UsageError
+
+EXPLORE = Explore(np.zeros(1, np.float32))
 
 T, B = 7, 4
 
@@ -29,9 +32,9 @@ class Recording(Impala):
 
     @classmethod
     def act(
-        cls, config: ImpalaConfig, spaces: Spaces, outputs: Mapping[str, Any], noise: Noise, greedy: bool
+        cls, config: ImpalaConfig, spaces: Spaces, outputs: Mapping[str, Any], noise: Noise, explore: Explore | None
     ) -> tuple[Any, dict[str, Any]]:
-        action, record = super().act(config, spaces, outputs, noise, greedy)
+        action, record = super().act(config, spaces, outputs, noise, explore)
         return action, {**record, "value": outputs["value"]}
 
 
@@ -65,13 +68,13 @@ class Walk:
         return drawn.astype(self.spaces.obs_dtype)
 
     def _value(self, obs: Any, state: memory.State) -> Any:
-        return self.policy.act(obs, _copy(state)).record["value"].copy()
+        return self.policy.act(obs, _copy(state), EXPLORE).record["value"].copy()
 
     def unroll(self, ends: float = 0.15) -> tuple[Batch, Any]:
         """`ends`: probability of a termination, and of a truncation, after each row."""
         before, rows, finals, indices, expected = _copy(self.state), [], [], [], []
         for t in range(T):
-            obs, acted = self.obs, self.policy.act(self.obs, self.state)
+            obs, acted = self.obs, self.policy.act(self.obs, self.state, EXPLORE)
             action, record = acted.action.copy(), {name: array.copy() for name, array in acted.record.items()}
             drawn, reward = self.rng.random(B), (2 * self.rng.normal(size=B)).astype(np.float32)
             terminated, truncated = drawn < ends, (drawn >= ends) & (drawn < 2 * ends)
@@ -280,13 +283,13 @@ def test_a_torch_policy_acts_uniformly_until_weights_come_and_refuses_those_of_a
     learner = learner_of(spaces)
     policy = make_policy(Impala, learner.config, spaces, seed=0)
     obs = np.ones((3, *spaces.obs_shape), bool)
-    assert not policy.act(obs, {}).record["policy"].any()
+    assert not policy.act(obs, {}, EXPLORE).record["policy"].any()
     weights = learner.weights()
     for array in weights.values():
         array.setflags(write=False)
     policy.load(weights)
     obs.setflags(write=False)
-    said = policy.act(obs, {}).record["policy"].copy()
+    said = policy.act(obs, {}, EXPLORE).record["policy"].copy()
     assert said.any()
     name = "torso.fc.weight"
     with pytest.raises(UsageError, match=f"weights: {name} has shape None, expected"):
@@ -294,7 +297,7 @@ def test_a_torch_policy_acts_uniformly_until_weights_come_and_refuses_those_of_a
     changed = {k: np.zeros_like(v) for k, v in weights.items()}
     with pytest.raises(UsageError, match=rf"weights: {name} has shape \(2, 2\), expected"):
         policy.load(changed | {name: np.zeros((2, 2), np.float32)})
-    np.testing.assert_array_equal(policy.act(obs, {}).record["policy"], said)  # nothing of it was taken
+    np.testing.assert_array_equal(policy.act(obs, {}, EXPLORE).record["policy"], said)  # nothing of it was taken
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ddrl_bus.nodes.batching import PRESENT_S, Batcher
-from ddrl_bus.nodes.predictors import HillClimb
+from ddrl_bus.nodes.tuning import HillClimb
 
 
 def batcher(batch: int = 8, wait: float = 0.0, **asked: int) -> Batcher[str]:

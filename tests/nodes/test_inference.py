@@ -20,7 +20,7 @@ from ddrl_bus.envs import describe
 from ddrl_bus.errors import FencedError, RemoteError
 from ddrl_bus.experience import UnrollSchema, under
 from ddrl_bus.messages import Act, Actions, Trajectory, fields_of, parse
-from ddrl_bus.nodes import batching, inference
+from ddrl_bus.nodes import batching, tuning
 from ddrl_bus.transport.links import Client, Publisher, Receiver
 from ddrl_bus.transport.wire import Array, Message
 
@@ -321,7 +321,7 @@ async def test_predictors_answer_side_by_side(
     on_stage: OnStage, predictors: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On threads of their own; `auto` is tuned many times meanwhile."""
-    monkeypatch.setattr(inference, "TUNE_S", 0.002)
+    monkeypatch.setattr(tuning, "TUNE_S", 0.002)
     began, settings = time.perf_counter_ns(), (f"nodes.inference.predictors={predictors}", "nodes.inference.batch=1")
     async with on_stage(SEED, *settings, inline=False) as stage:
         askers = [stage.asker(actor, group) for actor in ("actor-0", "actor-1") for group in (0, 1)]

@@ -26,12 +26,12 @@ ROWS = UNROLL * BATCH
 class Stage:
     """A learner, and the ends that it talks to."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, inline: bool = True) -> None:
         self.rig = rig
         self.controller: FakeController = rig.fake_controller()
         self.weights: Subscriber = rig.subscriber("actor-1", "weights")
         self.actors: list[Sender] = [rig.sender(f"actor-{n}") for n in range(2)]
-        self.learner: Living = rig.start("learner-0")
+        self.learner: Living = rig.start("learner-0", inline=inline)
 
     async def send(self, envs: int = BATCH, version: int = 0, actor: int = 0, **rows: Any) -> None:
         async with asyncio.timeout(30):
@@ -65,9 +65,9 @@ OnStage = Callable[..., AbstractAsyncContextManager[Stage]]
 @pytest.fixture
 def on_stage(tmp_path: Path) -> OnStage:
     @asynccontextmanager
-    async def made(*overrides: str) -> AsyncIterator[Stage]:
+    async def made(*overrides: str, inline: bool = True) -> AsyncIterator[Stage]:
         async with rig_of(tmp_path, *overrides) as rig:
-            yield Stage(rig)
+            yield Stage(rig, inline)
 
     return made
 
