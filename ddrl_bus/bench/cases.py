@@ -8,13 +8,16 @@ or the bar says nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from ddrl_bus.errors import DdrlError, UsageError
 from ddrl_bus.launch.start import plan_of
+from ddrl_bus.topology import Plan
 
 SEEDS: Final = (1, 2, 3)
 EPISODES: Final = 20
@@ -82,16 +85,34 @@ class Case:
             *ours,
         ]
 
-    def digest(self, seed: int) -> str:
-        """Of all that the run is made of: it changes with the topology file and with defaults, too."""
-        _, topology, *overrides = self.words(seed)
-        try:
-            return plan_of(topology, overrides, probe=False).digest()
-        except DdrlError:
-            return ""
+    def lock(self) -> str:
+        """The whole topology of its runs but for the seed, as a topology file; "" if it cannot be loaded."""
+        plan = self._plan()
+        lines = plan.lock().splitlines(keepends=True) if plan else []
+        return "".join(line for line in lines if not line.startswith(("run_id:", "seed:")))
+
+    def matches(self, stored: Path) -> bool:
+        """Whether `stored`, a file of its `lock`, is what it would run now.
+
+        What the file does not say yet, an option that came later, is its default in both: no change.
+        """
+        plan = self._plan()
+        return plan == _resolved(str(stored)) if plan else not stored.exists()
+
+    def _plan(self) -> Plan | None:
+        _, topology, *overrides = self.words(seed=0)
+        return _resolved(topology, overrides)
 
     def passes(self, seeds: Sequence[Seed]) -> bool:
         return RULES[self.rule].holds(self, seeds)
+
+
+def _resolved(topology: str, overrides: Sequence[str] = ()) -> Plan | None:
+    """The plan, whatever its seed; None if it cannot be loaded."""
+    try:
+        return dataclasses.replace(plan_of(topology, overrides, probe=False), seed=0, run_id="")
+    except DdrlError:
+        return None
 
 
 def _worst(case: Case, seeds: Sequence[Seed]) -> bool:

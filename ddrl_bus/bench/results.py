@@ -3,6 +3,7 @@
 docs/results.json          everything that was measured, a line a run; other cases than those run now are kept
 docs/results.md            the page, made from it
 docs/results/CASE.svg      the learning curves, made from it
+docs/results/CASE.yaml     the topology that a case was measured with, every default written out
 
 python -m ddrl_bus.bench.results [CASE...]
 """
@@ -24,13 +25,13 @@ from typing import Any, Final
 
 from ddrl_bus.bench import history, plot, results_page
 from ddrl_bus.bench.cases import CASES, RULES, SEEDS, Case, named
+from ddrl_bus.bench.results_page import CaseResults, Record
 from ddrl_bus.errors import DdrlError, UsageError
 from ddrl_bus.launch.closing import RESULT
 from ddrl_bus.launch.run_dir import meta, read_json, write
 
 PATIENCE_S: Final = 2 * 3600.0
 """Against hangs only."""
-Record = dict[str, Any]
 Records = dict[str, dict[str, Record]]
 """Case → seed → what was measured."""
 
@@ -42,7 +43,7 @@ def run(case: Case, seed: int) -> Record:
     """One `ddrl run` to its end, as a record for results.json; a run that failed is one with its `problem`."""
     words = case.words(seed)
     record: Record = {"command": shlex.join(["ddrl", *words]), "date": time.strftime("%Y-%m-%d", time.gmtime())}
-    record |= {"topology": case.digest(seed), "machine": machine()}
+    record["machine"] = machine()
     command = [sys.executable, "-m", "ddrl_bus.cli", *words, "--json"]
     try:
         ended = subprocess.run(
@@ -145,12 +146,28 @@ def draw(case: Case, records: Records, path: Path, cases: Sequence[Case] = CASES
         plot.save(figure, path)
 
 
+def results_of(case: Case, records: Records, docs: Path) -> CaseResults:
+    return CaseResults(case, records.get(case.name, {}), case.matches(settings_path(case, docs)))
+
+
+def settings_path(case: Case, docs: Path) -> Path:
+    return docs / "results" / f"{case.name}.yaml"
+
+
+def store_settings(path: Path, settings: str) -> None:
+    """No file for a topology that cannot be loaded."""
+    if settings:
+        write(path, settings)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_down(docs: Path, records: Records, cases: Sequence[Case] = CASES) -> None:
     """The page and its pictures."""
     for case in cases:
         if case.name in records:
             draw(case, records, docs / "results" / f"{case.name}.svg", cases)
-    write(docs / "results.md", results_page.page(cases, records))
+    write(docs / "results.md", results_page.page([results_of(case, records, docs) for case in cases]))
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,17 +177,17 @@ def run_all(chosen: Sequence[Case], seeds: Sequence[int], docs: Path, cases: Seq
     """Run and write down `chosen`; whether all of them passed. What was measured of other cases is kept."""
     records = load(docs / "results.json")
     for case in chosen:
-        kept = records.setdefault(case.name, {})
-        for stale in [seed for seed, record in kept.items() if results_page.outdated(case, seed, record)]:
-            del kept[stale]
         for seed in seeds:
             say(f"{case.name} seed {seed} ...")
-            kept[str(seed)] = run(case, seed)
-            say(f"{case.name} seed {seed}: {results_page.in_words(kept[str(seed)])}")
+            kept, settings = results_of(case, records, docs).current, case.lock()  # as it starts: a run takes long
+            record = run(case, seed)
+            say(f"{case.name} seed {seed}: {results_page.in_words(record)}")
+            records[case.name] = {**kept, str(seed): record}
             store(docs / "results.json", records)
+            store_settings(settings_path(case, docs), settings)
         write_down(docs, records, cases)
-        say(f"{case.name}: {results_page.verdict(case, kept)}")
-    return all(results_page.passed(case, records[case.name]) for case in chosen)
+        say(f"{case.name}: {results_of(case, records, docs).verdict}")
+    return all(results_of(case, records, docs).passed for case in chosen)
 
 
 def say(text: str) -> None:

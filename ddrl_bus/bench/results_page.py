@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from ddrl_bus.bench.cases import RULES, SEEDS, SLACK, Case, Seed
 
-Record = Mapping[str, Any]
-Records = Mapping[str, Mapping[str, Record]]
+Record = dict[str, Any]
 GAP: Final = "–"
 COLUMNS: Final = (
     "seed",
@@ -41,42 +41,53 @@ Steps a second are those in steady state, start-up left out; overhead is communi
 
 A run whose ledger does not close, or that ended without a confirmed evaluation, counts as failed whatever it learnt.
 `bin/results` runs everything again and exits with 1 if a case fails; `bin/results CASE` replaces one case;
-`bin/results --only-write` makes this page from docs/results.json.
+`bin/results --only-write` makes this page from docs/results.json. What a case was measured with, every default written
+out, is in docs/results/CASE.yaml, a topology like any other; once the case says something else, its results no longer
+count.
 """
 
 
-def page(cases: Sequence[Case], records: Records) -> str:
-    sections = [_section(case, records[case.name]) for case in cases if records.get(case.name)]
-    return "\n".join([INTRODUCTION, *_summary(cases, records), "", *_machines(cases, records), "", *sections])
+def page(cases: Sequence[CaseResults]) -> str:
+    sections = [_section(results) for results in cases if results.seeds]
+    return "\n".join([INTRODUCTION, *_summary(cases), "", *_machines(cases), "", *sections])
 
 
 # ── verdicts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def outdated(case: Case, seed: str, record: Record) -> bool:
-    """Whether it was measured by another command, or of another topology, than the case says now."""
-    command = shlex.join(["ddrl", *case.words(int(seed))])
-    return record["command"] != command or record.get("topology") != case.digest(int(seed))
+@dataclass(frozen=True)
+class CaseResults:
+    """What is known of one case."""
 
+    case: Case
+    seeds: Mapping[str, Record]
+    """Seed → what was measured."""
+    same_settings: bool
+    """Whether the case would run with the settings that it was measured with."""
 
-def passed(case: Case, seeds: Mapping[str, Record]) -> bool:
-    """Whether what has been run, by the case's present command, passes."""
-    current = _current(case, seeds)
-    return bool(current) and case.passes([seed_of(record) for record in current])
+    def outdated(self, seed: str) -> bool:
+        """Whether it was measured by another command, or with other settings, than the case has now."""
+        command = shlex.join(["ddrl", *self.case.words(int(seed))])
+        return not self.same_settings or self.seeds[seed]["command"] != command
 
+    @property
+    def current(self) -> dict[str, Record]:
+        return {seed: record for seed, record in self.seeds.items() if not self.outdated(seed)}
 
-def _current(case: Case, seeds: Mapping[str, Record]) -> list[Record]:
-    return [record for seed, record in seeds.items() if not outdated(case, seed, record)]
+    @property
+    def passed(self) -> bool:
+        """Whether what has been run, as the case is now, passes."""
+        return bool(self.current) and self.case.passes([seed_of(record) for record in self.current.values()])
 
-
-def verdict(case: Case, seeds: Mapping[str, Record]) -> str:
-    """pass, FAIL, or why it is neither."""
-    count = len(_current(case, seeds))
-    if not count:
-        return "settings changed since" if seeds else "not run"
-    if not passed(case, seeds):
-        return "**FAIL**"
-    return "pass" if count >= len(SEEDS) else f"pass so far, {count} of {len(SEEDS)} seeds"
+    @property
+    def verdict(self) -> str:
+        """pass, FAIL, or why it is neither."""
+        count = len(self.current)
+        if not count:
+            return "settings changed since" if self.seeds else "not run"
+        if not self.passed:
+            return "**FAIL**"
+        return "pass" if count >= len(SEEDS) else f"pass so far, {count} of {len(SEEDS)} seeds"
 
 
 def seed_of(record: Record) -> Seed:
@@ -93,19 +104,17 @@ def in_words(record: Record) -> str:
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _summary(cases: Sequence[Case], records: Records) -> list[str]:
+def _summary(cases: Sequence[CaseResults]) -> list[str]:
     lines = [
         "| case | environment | bar | budget | passes if | return @ steps, seed by seed | |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case in cases:
-        seeds = records.get(case.name, {})
+    for results in cases:
+        case, seeds = results.case, results.seeds
         name = f"[{case.name}](#{case.name})" if seeds else case.name
         cells = "; ".join(_cell(case, seeds[seed]) for seed in sorted(seeds, key=int)) or GAP
         rule = RULES[case.rule].words
-        lines.append(
-            f"| {name} | {case.env} | {case.bar:g} | {case.steps:,} | {rule} | {cells} | {verdict(case, seeds)} |"
-        )
+        lines.append(f"| {name} | {case.env} | {case.bar:g} | {case.steps:,} | {rule} | {cells} | {results.verdict} |")
     return lines
 
 
@@ -120,20 +129,23 @@ def _cell(case: Case, record: Record) -> str:
     return f"{_number(record['final'], 1)} @ {record['env_steps'] / 1000:,.0f} k{note}"
 
 
-def _machines(cases: Sequence[Case], records: Records) -> list[str]:
+def _machines(cases: Sequence[CaseResults]) -> list[str]:
     """Where what was measured, and by which versions."""
     found: dict[str, list[str]] = {}
-    for case in cases:
-        for seed, record in records.get(case.name, {}).items():
+    for results in cases:
+        for seed, record in results.seeds.items():
             versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
-            found.setdefault("; ".join(filter(None, (record["machine"], versions))), []).append(f"{case.name} {seed}")
+            found.setdefault("; ".join(filter(None, (record["machine"], versions))), []).append(
+                f"{results.case.name} {seed}"
+            )
     if len(found) == 1:
         return [f"Machine: {next(iter(found))}."]
     return [f"- {where}: {', '.join(runs)}" for where, runs in found.items()]
 
 
-def _section(case: Case, seeds: Mapping[str, Record]) -> str:
-    lines = [f"## {case.name}", "", f"{verdict(case, seeds)}: {_demand(case)}", ""]
+def _section(results: CaseResults) -> str:
+    case, seeds = results.case, results.seeds
+    lines = [f"## {case.name}", "", f"{results.verdict}: {_demand(case)}", ""]
     lines += ["```", _command(case), "```", ""]
     if any(record.get("curve") for record in seeds.values()):
         lines += [f"![learning curves of {case.name}](results/{case.name}.svg)", ""]
@@ -141,7 +153,7 @@ def _section(case: Case, seeds: Mapping[str, Record]) -> str:
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
     ]
-    lines += [_row(case, seed, seeds[seed]) for seed in sorted(seeds, key=int)]
+    lines += [_row(results, seed) for seed in sorted(seeds, key=int)]
     return "\n".join([*lines, ""])
 
 
@@ -154,7 +166,8 @@ def _command(case: Case) -> str:
     return shlex.join(["ddrl", *case.words(seed=0)]).replace("seed=0", "seed=SEED")
 
 
-def _row(case: Case, seed: str, record: Record) -> str:
+def _row(results: CaseResults, seed: str) -> str:
+    record = results.seeds[seed]
     if "wall_s" not in record:
         return f"| {seed} | failed: {record['problem']} |" + " |" * (len(COLUMNS) - 3) + f" {record['date']} |"
     overhead, lag = record["overhead"], record["lag"] or {}
@@ -162,7 +175,7 @@ def _row(case: Case, seed: str, record: Record) -> str:
     state += f", {record['lost']} lost" if record["lost"] else ""
     state += f", {record['restarts']} restarts" if record["restarts"] else ""
     cells = (
-        f"{seed} (other settings)" if outdated(case, seed, record) else seed,
+        f"{seed} (other settings)" if results.outdated(seed) else seed,
         _number(record["final"], 1),
         _number(record["best"], 1),
         _number(record["env_steps"]),

@@ -249,7 +249,7 @@ def _deal(group: str, options: NodeOptions) -> Iterator[NodePlan]:
 
 
 def _section(section: Section) -> dict[str, Any]:
-    return section.model_dump(exclude_none=True, by_alias=True)
+    return section.model_dump(by_alias=True)
 
 
 def _link(link: LinkPlan) -> dict[str, Any]:

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddrl_bus.bench import results, results_page
+from ddrl_bus.bench import results
 from ddrl_bus.bench.cases import CASES, RULES, Case, Seed, named
+from ddrl_bus.bench.results_page import CaseResults, Record
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch.catalog import packaged
+from ddrl_bus.launch.start import plan_of
 
 WORST = Case("worst", "a2c", bar=475, steps=1000)
 TWO_OF_THREE = Case("two", "a3c", bar=475, steps=1000, rule="worst 400")
@@ -22,10 +25,9 @@ def seeds(*finals: float | None, steps: int = 900, best: float | None = None, pr
     return [Seed(final, final if best is None else best, steps, problem) for final in finals]
 
 
-def record(case: Case, seed: int, final: float | None, **change: Any) -> results.Record:
+def record(case: Case, seed: int, final: float | None, **change: Any) -> Record:
     return {
         "command": " ".join(["ddrl", *case.words(seed)]),
-        "topology": case.digest(seed),
         "date": "2030-01-02",
         "machine": "2 cores",
         "final": final,
@@ -81,7 +83,7 @@ def test_the_table_of_cases_is_sound() -> None:
         assert case.rule in RULES
         assert case.topology in packaged()
         assert not case.control_of or named([case.control_of])
-        assert case.digest(seed=1), case
+        assert case.lock(), case
     with pytest.raises(UsageError, match="no case 'a2c-cartpol'; did you mean 'a2c-cartpole'"):
         named(["a2c-cartpol"])
 
@@ -90,8 +92,10 @@ def test_the_table_of_cases_is_sound() -> None:
 
 
 def written(docs: Path, records: results.Records, cases: Sequence[Case]) -> str:
-    docs.mkdir(exist_ok=True)
+    (docs / "results").mkdir(parents=True, exist_ok=True)
     results.store(docs / "results.json", records)
+    for case in cases:
+        results.store_settings(results.settings_path(case, docs), case.lock())
     assert results.main(["--only-write", "--docs", str(docs)], cases) == 0
     return (docs / "results.md").read_text()
 
@@ -103,7 +107,6 @@ def test_the_page_comes_from_the_numbers(tmp_path: Path) -> None:
         "two": {
             "1": {
                 "command": "ddrl " + " ".join(TWO_OF_THREE.words(1)),
-                "topology": TWO_OF_THREE.digest(1),
                 "date": "-",
                 "machine": "-",
                 "problem": "it broke",
@@ -132,12 +135,59 @@ def test_the_page_comes_from_the_numbers(tmp_path: Path) -> None:
 
 def test_fewer_seeds_are_no_pass_yet_and_other_settings_are_none_at_all() -> None:
     kept = {"1": record(WORST, 1, 480.0)}
-    assert results_page.verdict(WORST, kept) == "pass so far, 1 of 3 seeds"
-    changed = Case("worst", "a2c", bar=475, steps=1000, settings="algo.lr=1")
-    assert results_page.verdict(changed, kept) == "settings changed since"
-    assert not results_page.passed(changed, kept)
-    kept["1"]["topology"] = "of another default"
-    assert results_page.verdict(WORST, kept) == "settings changed since"
+    assert CaseResults(WORST, kept, same_settings=True).verdict == "pass so far, 1 of 3 seeds"
+    other_command = CaseResults(replace(WORST, settings="algo.lr=1"), kept, same_settings=True)
+    other_settings = CaseResults(WORST, kept, same_settings=False)
+    for changed in (other_command, other_settings):
+        assert changed.verdict == "settings changed since"
+        assert not changed.passed
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    path = tmp_path / "worst.yaml"
+    results.store_settings(path, WORST.lock())
+    return path
+
+
+def test_settings_are_a_topology_that_makes_the_same_run(stored: Path) -> None:
+    _, topology, *overrides = WORST.words(seed=2)
+    assert plan_of(str(stored), ["seed=2"], probe=False) == plan_of(topology, overrides, probe=False)
+    assert WORST.matches(stored)
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "same"),
+    [
+        (", delay: 0", "", True),  # as before there was such an option
+        ("  time: null\n", "", True),
+        ("  anneal_steps: 500000\n", "", False),  # the topology file says it, and it is not the default
+        ("  lr: 0.003\n", "  lr: 0.004\n", False),
+        ("delay: 0", "delay: 1", False),
+        ("  time: null\n", "  time: 60.0\n", False),
+        ("delay: 0", "delay: 0, gone: 0", False),
+        ("  weights:", "  wights:", False),
+    ],
+)
+def test_an_option_that_came_later_is_no_change_unless_it_is_set(
+    stored: Path, written: str, instead: str, same: bool
+) -> None:
+    text = stored.read_text()
+    assert text.count(written) == 1
+    stored.write_text(text.replace(written, instead))
+    assert WORST.matches(stored) is same
+
+
+def test_without_a_file_nothing_is_known_of_the_settings(stored: Path) -> None:
+    absent = Case("absent", "no-such-topology", bar=1, steps=10)
+    assert not absent.matches(stored)
+    results.store_settings(stored, absent.lock())
+    assert not stored.exists()
+    assert absent.matches(stored)
+    assert not WORST.matches(stored)
 
 
 def test_a_damaged_file_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,9 +215,8 @@ def test_a_real_run_is_measured(recorded: Any) -> None:
     assert found["overhead"].keys() == {"actor", "learner", "evaluator"}
     assert found["lag"]["max"] >= found["lag"]["mean"] >= 0
     assert not json.dumps(found).count(str(recorded.root))
-    assert (
-        results_page.verdict(recorded.case, {"1": found}) == "**FAIL**"
-    )  # 20 random steps are more than its bar of 15
+    verdict = CaseResults(recorded.case, {"1": found}, same_settings=True).verdict
+    assert verdict == "**FAIL**"  # 20 random steps are more than its bar of 15
 
 
 def test_what_fails_is_written_too_and_other_cases_are_kept(
@@ -187,6 +236,22 @@ def test_what_fails_is_written_too_and_other_cases_are_kept(
         "| [absent](#absent) | CartPole-v1 | 1 | 10 | every seed ≥ bar | failed | **FAIL** |"
         in (tmp_path / "results.md").read_text()
     )
+
+
+def test_what_was_measured_with_other_settings_goes_when_a_case_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(results.__file__).parents[2]))
+    case = Case("broken", "quickstart", bar=1, steps=10, env="NoSuchEnv-v0")  # refused when it is made, not before
+    results.store(tmp_path / "results.json", {"broken": {"7": record(case, 7, 1.0)}})
+    stored = tmp_path / "results" / "broken.yaml"
+    stored.parent.mkdir()
+    for seed, kept in (("1", {"1"}), ("2", {"1", "2"})):
+        assert case.matches(stored) is (seed != "1")
+        assert results.main(["broken", "--seeds", seed, "--docs", str(tmp_path)], (case,)) == 1
+        assert results.load(tmp_path / "results.json")["broken"].keys() == kept
+        assert stored.read_text() == case.lock()
 
 
 def test_list_prints_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
