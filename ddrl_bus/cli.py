@@ -250,6 +250,16 @@ def requests(as_json: bool) -> None:
     _print_rows(measure(), rows_as_text, as_json)
 
 
+@bench.command()
+@as_json
+@debug
+def replay(as_json: bool) -> None:
+    """What a replay node costs over its buffer and the sockets under it."""
+    from ddrl_bus.bench.replay import measure, rows_as_text
+
+    _print_rows(measure(), rows_as_text, as_json)
+
+
 def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:
     if as_json:
         import dataclasses

@@ -26,8 +26,10 @@ class Trajectory:
     learner_epoch: int
     """The learner's life whose weights chose the newest action in it; the array `version` has the version of each."""
     returns: list[float]
-    """Undiscounted, unclipped returns of the episodes that ended in it."""
+    """Undiscounted, unclipped returns of the episodes that ended in its new rows."""
     lengths: list[int]
+    overlap: int = 0
+    """Rows at its beginning that are no new ones: the last of the unroll before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class Sample:
     KIND: ClassVar[str] = "sample"
     count: int
     """Items wanted; 0 asks for the totals alone."""
+    life: int = 0
+    """Of the replay node, whose items `id` names: another one may have given the same numbers to others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ddrl_bus.transport.ledger import Counter, Ledger
 
-WORK: Final = ("env", "forward", "record", "learn", "evaluate")
+WORK: Final = ("env", "forward", "record", "draw", "learn", "evaluate")
 """What the same loop without a bus would spend as well."""
 COMMUNICATION: Final = ("pack", "send", "unpack", "handoff")
 """What the bus adds: encoding, handing over, decoding and loading, and the rest of the time in which the node's thread

@@ -162,6 +162,79 @@ def test_numbers_that_are_none_are_refused(name: str, value: float) -> None:
     assert SCHEMA.check(changed(WHOLE, **{name: poisoned})) == "non_finite"
 
 
+# ── windows that are replayed ────────────────────────────────────────────────────────────────────────────────────
+
+REPLAYED = UnrollSchema(("float32", (2,)), ("int64", ()), {"q": ("float32", ())}, 7, {"h": ("float32", (3,))}, 2, 5)
+
+
+def replayed(envs: int = 3, fields: dict[str, Any] | None = None, **arrays: Array | None) -> Message:
+    """An unroll of zeros that went over the wire, with other arrays in it."""
+    unroll = Unroll(REPLAYED.layout(envs))
+    for array in unroll.rows.values():
+        array[...] = 0
+    return changed(wire.decode(unroll.finish().encode("actor-0", 1, 1, fields or {})), **arrays)
+
+
+def test_windows_come_with_priorities() -> None:
+    specs = REPLAYED.unroll_specs(3)
+    assert specs["priority"] == ("float32", (5, 3))
+    assert specs["obs"] == ("float32", (8, 3, 2))
+    assert "priority" not in SCHEMA.unroll_specs(3)
+    assert REPLAYED.check(replayed(priority=np.full((5, 3), 9, np.float32))) is None
+
+
+@pytest.mark.parametrize(
+    ("priority", "reason"),
+    [
+        (None, "schema"),
+        (np.zeros((5, 3)), "schema"),
+        (np.zeros((4, 3), np.float32), "schema"),
+        (np.zeros((5, 2), np.float32), "schema"),
+        (np.full((5, 3), np.nan, np.float32), "non_finite"),
+        (np.full((5, 3), np.inf, np.float32), "non_finite"),
+        (np.full((5, 3), -1e-9, np.float32), "negative"),
+    ],
+)
+def test_priorities_that_are_none_are_refused(priority: Array | None, reason: str) -> None:
+    assert REPLAYED.check(replayed(priority=priority)) == reason
+
+
+@pytest.mark.parametrize(("overlap", "reason"), [(0, None), (2, None), (1, "schema"), (-1, "schema"), (7, "schema")])
+def test_an_unroll_follows_or_does_not(overlap: int, reason: str | None) -> None:
+    assert REPLAYED.check(replayed(fields={"overlap": overlap})) == reason
+    assert SCHEMA.check(replace(WHOLE, fields={"overlap": 2})) == "schema"
+
+
+def test_windows_have_versions_of_their_own_and_no_record() -> None:
+    windows = REPLAYED.windows(2)
+    assert windows.unroll_specs(4) == {
+        "obs": ("float32", (3, 4, 2)),
+        "action": ("int64", (2, 4)),
+        "reward": ("float32", (2, 4)),
+        "terminated": ("bool", (2, 4)),
+        "truncated": ("bool", (2, 4)),
+        "state.h": ("float32", (4, 3)),
+        "version": ("int64", (2, 4)),
+    }
+    assert "record.q" in REPLAYED.rows
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in windows.unroll_specs(4).items()}
+    assert windows.check(replace(WHOLE, arrays=arrays)) is None
+    assert windows.check(replace(WHOLE, arrays={**arrays, "version": np.zeros(2, np.int64)})) == "schema"
+
+
+def test_a_batch_of_windows_keeps_each_ones_versions() -> None:
+    windows = REPLAYED.windows(2)
+    slots = BatchSlots(windows, batch=5, slots=1)
+    slot = slots.free.pop()
+    for first, n in ((0, 2), (20, 4)):
+        arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in windows.unroll_specs(n).items()}
+        arrays["version"][...] = first + np.arange(2 * n).reshape(2, n)
+        left = slots.copy(slot, replace(WHOLE, arrays=arrays), 0)
+    assert slot.full
+    assert left == 3
+    assert slot.version.tolist() == [[0, 1, 20, 21, 22], [2, 3, 24, 25, 26]]
+
+
 # ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -248,7 +321,9 @@ def test_final_index_names_truncated_rows_of_the_batch() -> None:
 def test_a_cleared_slot_starts_over() -> None:
     (slot, _) = fill([played(2, truncated=[(0, 0)])], batch=2)
     assert slot.full
+    slot = replace(slot, env_steps=6, weight=np.ones(2, np.float32), errors=np.ones(2, np.float32))
     slot.clear()
+    assert (slot.env_steps, slot.weight, slot.errors) == (0, None, None)
     index, obs = slot.final_rows(SCHEMA.obs)
     assert (slot.columns, slot.messages, slot.full) == (0, 0, False)
     assert (index.shape, index.dtype, obs.shape, obs.dtype) == ((0,), np.int64, (0, 2), np.float32)

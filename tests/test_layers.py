@@ -14,12 +14,16 @@ PACKAGE = Path(ddrl_bus.__file__).parent
 
 # room -> the rooms of ours and the libraries that it may import, function-level imports included
 BELOW_NODES = {"errors", "topology", "transport", "messages", "experience", "metrics", "checkpoint", "algos", "envs"}
+BELOW_NODES |= {"rate_limiter", "replay_buffer"}
 ROOMS = {
     "errors": set(),
-    "topology": {"errors"},
+    "topology": {"errors", "rate_limiter"},
     "transport": {"errors"},
     "messages": {"errors", "transport"},
     "experience": {"errors", "transport", "messages"},
+    "sum_tree": {"errors"},
+    "rate_limiter": {"errors"},
+    "replay_buffer": {"errors", "experience", "sum_tree"},
     "metrics": {"errors", "transport"},
     "checkpoint": {"errors", "transport"},
     "algos": {"errors"},
@@ -35,6 +39,9 @@ LIBRARIES = {
     "transport": {"zmq", "msgpack", "numpy", "lz4"},
     "messages": {"pydantic"},
     "experience": {"numpy"},
+    "sum_tree": {"numpy"},
+    "rate_limiter": set(),
+    "replay_buffer": {"numpy"},
     "metrics": set(),
     "checkpoint": {"numpy", "safetensors"},
     "algos": {"numpy", "torch"},

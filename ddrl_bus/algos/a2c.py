@@ -22,6 +22,7 @@ from ddrl_bus.algos.base import Batch
 from ddrl_bus.algos.config import PolicyGradientConfig
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.policy_gradient import PolicyGradient
+from ddrl_bus.algos.rewards import learnt_reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class A2C(PolicyGradient[A2CConfig]):
         pi = self.head.of(policy)
         log_prob = pi.log_prob(batch.action)
         advantage = returns.gae(  # with λ = 1 it is R - V
-            policy_gradient.learnt_reward(batch.reward, config),
+            learnt_reward(batch.reward, config),
             value,
             successor,
             batch.terminated,

@@ -18,22 +18,18 @@ def make_policy(
     seed: int | np.random.SeedSequence,
     device: str = "cpu",
 ) -> Policy:
-    """The policy of `algorithm` in these spaces. It acts uniformly until weights are loaded (all weights are zero).
+    """The policy of `algorithm` in these spaces. Until weights are loaded all of them are zero.
 
     Args:
         device: `cpu`, `cuda` or `auto`, for networks that act in torch; others act in numpy, on the CPU.
 
     Raises: UsageError where the algorithm or its network does not cover the spaces.
     """
-    if _has_numpy_forward(algorithm, config, spaces):
+    flat = len(spaces.obs_shape) == 1 and spaces.stack == 1 and config.net in ("auto", "mlp")
+    if flat and (heads := algorithm.numpy_heads(config, spaces)):
         from ddrl_bus.algos.numpy_policy import NumpyPolicy
 
-        return NumpyPolicy(algorithm, config, spaces, seed)
+        return NumpyPolicy(algorithm, config, spaces, seed, heads)
     from ddrl_bus.algos.torch_policy import TorchPolicy  # imports torch for real
 
     return TorchPolicy(algorithm, config, spaces, seed, device)
-
-
-def _has_numpy_forward(algorithm: type[Algorithm[Any]], config: Any, spaces: Spaces) -> bool:
-    flat = len(spaces.obs_shape) == 1 and spaces.stack == 1 and config.net in ("auto", "mlp")
-    return flat and (config.shared_torso or "value" not in algorithm.record(config, spaces))

@@ -26,6 +26,7 @@ from ddrl_bus.algos.base import Batch
 from ddrl_bus.algos.config import PolicyGradientConfig
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.policy_gradient import PolicyGradient
+from ddrl_bus.algos.rewards import learnt_reward
 from ddrl_bus.algos.spaces import Spaces
 
 
@@ -110,7 +111,7 @@ class Appo(PolicyGradient[AppoConfig]):
             log_rho = old.log_prob(action) - mu.log_prob(action)
             targets = returns.vtrace(
                 torch.exp(log_rho),
-                policy_gradient.learnt_reward(batch.reward, config),
+                learnt_reward(batch.reward, config),
                 value,
                 successor,
                 batch.terminated,

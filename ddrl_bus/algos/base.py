@@ -19,6 +19,7 @@ from ddrl_bus.algos import memory
 from ddrl_bus.algos.config import AgentConfig
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.numpy_heads import NumpyHeads
 from ddrl_bus.algos.policy import Explore
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RefusedFileError, UsageError
@@ -115,8 +116,6 @@ class Algorithm(ABC, Generic[ConfigT]):
         self.device = torch_device(device)
         self.updates = 0
         self.env_steps = 0
-        self.errors: NDArray[np.float32] | None = None
-        """[B] of the newest update, priorities of the columns that it was trained on; None for rules without"""
         self.generator = torch.Generator().manual_seed(seed)
         self.net: Any = self.network(config, spaces, self.generator).to(self.device)
         self._params = list(self.net.parameters())
@@ -157,6 +156,12 @@ class Algorithm(ABC, Generic[ConfigT]):
         best known actions without `explore`."""
 
     @classmethod
+    @abstractmethod
+    def numpy_heads(cls, config: ConfigT, spaces: Spaces) -> Callable[[int], NumpyHeads] | None:
+        """Makes what acts of the network's heads, in numpy, from the number of features below them; None for a
+        network that acts in torch only."""
+
+    @classmethod
     def carried(cls, config: ConfigT, spaces: Spaces) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What the agent carries from step to step: {name: (dtype, shape of one environment's)}."""
         return memory.spec(config, spaces)
@@ -173,6 +178,12 @@ class Algorithm(ABC, Generic[ConfigT]):
         """[starts, N] first priorities of an unroll's windows, from what the actors recorded of its rows; for rules
         with `windows`. `rows` has reward, terminated and truncated [rows, N], `record` what `act` recorded."""
         raise NotImplementedError
+
+    @property
+    def errors(self) -> NDArray[np.float32] | None:
+        """[B] priorities of the columns of the newest `loss`, None where nobody needs them; to read them waits for a
+        GPU."""
+        return None
 
     def passes(self, batch: Batch) -> Iterable[Batch]:
         """The batches to train on now that `batch` came, one after the other; its memory is used again afterwards."""
@@ -196,12 +207,12 @@ class Algorithm(ABC, Generic[ConfigT]):
         tensors: dict[str, torch.Tensor] = {}
         for each in self.passes(batch):
             tensors = self._backward(each)
-            tensors["grad_norm"] = self._descend()
+            self._descend()
         self._count(batch.reward.numel() if env_steps is None else env_steps)
         return {} if (self.updates - 1) % self.report_every else _means(tensors)
 
     def gradients(self, batch: Batch) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
-        """The gradient of the loss, for somebody else to `apply`: ({parameter: array}, report as of `step`).
+        """The clipped gradient of the loss, for somebody else to `apply`: ({parameter: array}, report as of `step`).
 
         Raises: UsageError for a rule that takes several gradients of a batch, which are not one another's.
         """
@@ -210,8 +221,9 @@ class Algorithm(ABC, Generic[ConfigT]):
         report = _means(self._backward(batch.to(self.device)))
         return {name: _numpy(p.grad) for name, p in self.net.named_parameters() if p.grad is not None}, report
 
-    def apply(self, gradients: Mapping[str, NDArray[Any]], env_steps: int) -> float:
-        """One update by a gradient that was computed elsewhere from `env_steps` rows; returns its norm.
+    def apply(self, gradients: Mapping[str, NDArray[Any]], env_steps: int) -> None:
+        """One update by a gradient that was computed, and clipped, elsewhere and counts for `env_steps`; of some
+        parameters or of all.
 
         Raises: UsageError if its names or shapes are not those of our parameters; nothing is changed then.
         """
@@ -222,28 +234,26 @@ class Algorithm(ABC, Generic[ConfigT]):
             raise UsageError(f"gradients {unknown} do not fit the parameters {expected}")
         for name, p in params.items():
             p.grad = torch.tensor(gradients[name], device=self.device) if name in gradients else None
-        norm = self._descend()
+        self._descend()
         self._count(env_steps)
-        return float(norm)
 
     def load(self, weights: Mapping[str, NDArray[Any]], updates: int = 0) -> None:
         """Takes `weights` as another instance gave them out after so many updates."""
         self.net.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
 
     def _backward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Leaves the gradient in the parameters; returns what is worth reporting."""
+        """Leaves the gradient, clipped to a global norm, in the parameters; returns what is worth reporting."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, report = self.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        return {"loss": loss, **report}
+        norm = torch.nn.utils.clip_grad_norm_(self._params, self.config.max_grad_norm)
+        return {"loss": loss, **report, "grad_norm": norm}
 
-    def _descend(self) -> torch.Tensor:
-        """Clips and applies the gradient that the parameters hold; returns its norm."""
+    def _descend(self) -> None:
+        """Applies the gradient that the parameters hold."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        norm = torch.nn.utils.clip_grad_norm_(self._params, self.config.max_grad_norm)
         self.optimizer.step()
-        return norm
 
     def _count(self, env_steps: int) -> None:
         self.updates += 1

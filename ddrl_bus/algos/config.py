@@ -11,7 +11,7 @@ NetName = Literal["auto", "mlp", "minatar", "nature", "impala_shallow", "impala_
 Core = Literal["none", "lstm", "gru"]
 RewardClip = Literal["none", "sign", "one", "soft_asymmetric"]
 Precision = Literal["float32", "bfloat16"]
-OptimizerName = Literal["adam", "rmsprop_tf", "rmsprop", "sgd"]
+OptimizerName = Literal["adam", "rmsprop_tf", "rmsprop", "sgd", "rmsprop_centred", "adagrad"]
 Activation = Literal["tanh", "relu"]
 Reduction = Literal["mean", "sum"]
 
@@ -32,13 +32,14 @@ class AgentConfig:
     reward_clip: RewardClip = "none"
     """of rewards in learning: their sign; clipped to ±1; or 5·tanh(r/5), negatives × .3 (IMPALA on DMLab)"""
     optimizer: OptimizerName = "adam"
-    """rmsprop_tf has ε inside the root (A3C, TensorFlow), rmsprop is torch's (TorchBeast)"""
+    """rmsprop_tf has ε inside the root (A3C, TensorFlow), rmsprop is torch's (TorchBeast), rmsprop_centred subtracts
+    the squared mean (DQN, Ape-X); Gorila has adagrad"""
     lr: float = 1e-3
     """learning rate [tuned] for mean losses and Adam"""
     eps: float = 1e-5
     """ε of the optimiser, in its own dialect"""
     rms_decay: float = 0.99
-    """α, decay of RMSProp's mean square per update (rmsprop_tf and rmsprop)"""
+    """α, decay of RMSProp's mean square per update (all three RMSProps)"""
     adam_beta1: float = 0.9
     """β1, decay of Adam's momentum per update; SEED RL has none, 0"""
     max_grad_norm: float = 40.0

@@ -37,22 +37,25 @@ class Core(nn.Module):
         state: dict[str, torch.Tensor],
         final: torch.Tensor,
         final_index: torch.Tensor,
+        burn_in: int = 0,
     ) -> torch.Tensor:
         """All rows of B columns, the state zeroed before each row that begins an episode, and the final rows, each in
-        the state that its own episode ended in.
+        the state that its own episode ended in. The first `burn_in` rows only lead to a state: no gradient flows
+        through them.
 
         Shapes: rows [T+1, B, inputs], begins [T+1, B] bool, state {name: [B, size]} before row 0, final [K, inputs]
         at `final_index` [K] (t·B + b of the row that each follows) -> [(T+1)·B + K, size].
         """
         # The layer runs at once over the rows between two that any column begins at. With long episodes that halves
         # the time of a loop over rows, with an episode's begin in every row it takes a third longer.
-        cuts = [0, *begins.any(1).nonzero().flatten().tolist(), len(rows)]
+        cuts = sorted({0, burn_in, *begins.any(1).nonzero().flatten().tolist(), len(rows)})
         carried = self._carried(state)
         outputs, ends = [], []
         for start, stop in pairwise(cuts):
             if start:
                 carried = tuple(array * ~begins[start].unsqueeze(-1) for array in carried)
-            y, carried = self._run(rows[start:stop], carried)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and start >= burn_in):
+                y, carried = self._run(rows[start:stop], carried)
             outputs.append(y)
             ends.append(carried)
         features = torch.cat(outputs).flatten(0, 1)

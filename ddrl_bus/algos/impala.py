@@ -17,6 +17,7 @@ from ddrl_bus.algos.base import Batch
 from ddrl_bus.algos.config import PolicyGradientConfig
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.policy_gradient import PolicyGradient
+from ddrl_bus.algos.rewards import learnt_reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Impala(PolicyGradient[ImpalaConfig]):
             ratio = torch.exp(log_prob - self.head.of(batch.record["policy"]).log_prob(batch.action))
             targets = returns.vtrace(
                 ratio if config.correct else torch.ones_like(ratio),
-                policy_gradient.learnt_reward(batch.reward, config),
+                learnt_reward(batch.reward, config),
                 value,
                 successor,
                 batch.terminated,

@@ -6,16 +6,15 @@ before row 0. The K final observations of truncated rows follow the rows as if t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
+from typing import NamedTuple, TypeAlias
 
 from ddrl_bus.algos.base import Batch
+from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.memory import FRAMES, LAST_ACTION, LAST_REWARD
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import UsageError
 
-State = dict[str, torch.Tensor]
+State: TypeAlias = "dict[str, torch.Tensor]"
 
 
 class Inputs(NamedTuple):
@@ -23,6 +22,10 @@ class Inputs(NamedTuple):
     """[N, *shape(spaces)], dtype of the observations"""
     last: torch.Tensor | None
     """[N, num_actions + 1]: the last action, one-hot if discrete, and the last reward; None where they are no input"""
+
+    def at(self, rows: torch.Tensor | slice) -> Inputs:
+        """Of some of the N rows."""
+        return Inputs(self.obs[rows], None if self.last is None else self.last[rows])
 
 
 def shape(spaces: Spaces) -> tuple[int, ...]:
@@ -81,6 +84,16 @@ def begins(batch: Batch) -> torch.Tensor:
     """[T+1, B] bool: rows that begin an episode inside the batch; row 0 never does, the state before it tells."""
     ended = batch.terminated | batch.truncated
     return torch.cat([torch.zeros_like(ended[:1]), ended])
+
+
+def successors(batch: Batch) -> torch.Tensor:
+    """[T, B] int64, where among the rows of `of_batch` each row's true successor is: the row after it, or the final
+    observation where it was truncated."""
+    length, columns = batch.reward.shape
+    device, rows = batch.final_index.device, (length + 1) * columns
+    index = torch.arange(columns, rows, device=device)
+    index[batch.final_index] = rows + torch.arange(len(batch.final_index), device=device)
+    return index.view(length, columns)
 
 
 def _stacked(before: torch.Tensor, obs: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:

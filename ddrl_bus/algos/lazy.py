@@ -11,6 +11,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 
 class _LazyModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
@@ -25,3 +27,8 @@ if TYPE_CHECKING:
     import torch as torch
 else:
     torch = _LazyModule("torch")
+
+
+def library(array: Any) -> Any:
+    """numpy or torch, whichever `array` belongs to: for functions of both whose operations are not methods."""
+    return np if isinstance(array, np.ndarray) else torch

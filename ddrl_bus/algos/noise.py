@@ -20,6 +20,10 @@ class Noise:
         """Standard normal numbers, float32."""
         return self._rng.standard_normal(shape, dtype=np.float32)
 
+    def uniform(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """Numbers from 0 to below 1."""
+        return self._rng.random(shape)
+
     def gumbel(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Standard Gumbel numbers, -log E with E ~ Exp(1), float32; read-only by convention."""
         size = 1

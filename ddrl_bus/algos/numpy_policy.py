@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from ddrl_bus.algos import memory
 from ddrl_bus.algos.base import Algorithm
-from ddrl_bus.algos.heads import head_of
 from ddrl_bus.algos.memory import CORES, LAST_ACTION, LAST_REWARD, State
 from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.numpy_heads import NumpyHeads, load_linear
 from ddrl_bus.algos.policy import Acted, Explore, fitting
 from ddrl_bus.algos.spaces import Spaces
 
@@ -29,42 +29,38 @@ ACTIVATIONS: Final[dict[str, Callable[..., Any]]] = {
 
 
 class NumpyPolicy:
-    """The policy stack of `nets.ActorCritic` with an MLP torso, equal to 1e-5.
+    """What of `nets` acts, with an MLP torso, equal to 1e-5.
 
     It works on [features, N], one column per environment. Each layer's input keeps a last row of ones, so that the
     bias is one more column of the weights, and a layer is one matrix product and one activation into buffers that
-    are kept between calls. The heads are one layer: policy, log standard deviations as biases alone, value.
+    are kept between calls. The heads are one layer.
     """
 
     def __init__(
-        self, algorithm: type[Algorithm[Any]], config: Any, spaces: Spaces, seed: int | np.random.SeedSequence
+        self,
+        algorithm: type[Algorithm[Any]],
+        config: Any,
+        spaces: Spaces,
+        seed: int | np.random.SeedSequence,
+        heads: Callable[[int], NumpyHeads],
     ) -> None:
         self._algorithm, self._config, self._spaces, self._noise = algorithm, config, spaces, Noise(seed)
         self._activation = ACTIVATIONS[config.activation]
-        self._width = head_of(spaces).width
         widths = [spaces.obs_shape[0], *config.hidden]
         self._layers = [np.zeros((o, i + 1), np.float32) for i, o in pairwise(widths)]
         self._features = widths[-1]
         joint = self._features + (spaces.num_actions + 1 if config.last_inputs else 0)
         self._core = None if config.core == "none" else NumpyCore(config.core, joint, config.core_size)
-        self._heads = np.zeros((self._width + 1, (config.core_size if self._core else joint) + 1), np.float32)
-        self._parts = [(f"torso.{i}", layer) for i, layer in enumerate(self._layers)]
-        self._parts += [("policy", self._heads[: spaces.num_actions]), ("value", self._heads[self._width :])]
-        self._log_std = self._heads[spaces.num_actions : self._width, -1]
-        if "value" not in algorithm.record(config, spaces):
-            self._heads = self._heads[: self._width]
-            del self._parts[-1]
+        self._heads = heads(config.core_size if self._core else joint)
         self._choices = np.arange(1, spaces.num_actions + 1)[:, None]
         self._buffers(0)
 
     def load(self, weights: Mapping[str, Array]) -> None:
-        for name, layer in self._parts:
-            layer[:, :-1] = fitting(weights, f"{name}.weight", (len(layer), layer.shape[1] - 1))
-            layer[:, -1] = fitting(weights, f"{name}.bias", (len(layer),))
-        if len(self._log_std):
-            self._log_std[:] = fitting(weights, "log_std", self._log_std.shape)
+        for index, layer in enumerate(self._layers):
+            load_linear(layer, weights, f"torso.{index}")
         if self._core:
             self._core.load(weights)
+        self._heads.load(weights)
 
     def initial_state(self, n: int) -> State:
         return memory.initial(self._config, self._spaces, n)
@@ -82,22 +78,20 @@ class NumpyPolicy:
         if self._core:
             state = self._core.step(self._joint, state)
             self._top[:-1] = state["h"].T
-        np.dot(self._heads, self._top, out=self._out)
+        np.dot(self._heads.matrix, self._top, out=self._out)
         action, record = self._algorithm.act(self._config, self._spaces, self._outputs, self._noise, explore)
         return Acted(action, record, state)
 
     def _buffers(self, n: int) -> None:
-        fed = [*self._layers, *([self._core.matrix] if self._core else []), self._heads]
+        fed = [*self._layers, *([self._core.matrix] if self._core else []), self._heads.matrix]
         ones = [np.ones((layer.shape[1], n), np.float32) for layer in fed]
         joint = len(self._layers)
         self._n, self._input = n, ones[0][: self._spaces.obs_shape[0]]
         self._hidden = [(x, y[: len(layer)]) for layer, (x, y) in zip(self._layers, pairwise(ones), strict=False)]
         self._joint, self._top = ones[joint], ones[-1]
         self._last = self._joint[self._features :][: self._spaces.num_actions + 1]
-        self._out = np.empty((len(self._heads), n), np.float32)
-        self._outputs = {"policy": self._out[: self._width].T}
-        if len(self._out) > self._width:
-            self._outputs["value"] = self._out[self._width]
+        self._out = np.empty((len(self._heads.matrix), n), np.float32)
+        self._outputs = self._heads.outputs(self._out)
 
 
 class NumpyCore:

@@ -17,6 +17,8 @@ SLOTS = {
     "rmsprop_tf": {"square_avg"},
     "rmsprop": {"step", "square_avg"},
     "sgd": set(),
+    "rmsprop_centred": {"grad_avg", "square_avg"},
+    "adagrad": {"step", "sum"},
 }
 """What each optimiser keeps per parameter."""
 
@@ -40,6 +42,10 @@ class Adam(_Light, torch.optim.Adam):
 
 class RMSProp(_Light, torch.optim.RMSprop):
     step = torch.no_grad()(inspect.unwrap(torch.optim.RMSprop.step))
+
+
+class Adagrad(_Light, torch.optim.Adagrad):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adagrad.step))
 
 
 class SGD(_Light, torch.optim.SGD):
@@ -72,6 +78,35 @@ class RMSPropTF(_Light):
         return loss
 
 
+class RMSPropCentred(_Light):
+    """θ ← θ - lr · g / √(s - m² + ε),  m ← α m + (1 - α) g,  s ← α s + (1 - α) g²,  m₀ = s₀ = 0.
+
+    Source: Graves 2013 (arXiv 1308.0850), eqs. 38 to 41, without momentum; DQN (Mnih et al. 2015), α .95 and ε .01;
+    Ape-X (Horgan et al. 2018, arXiv 1803.00933), α .95 and ε 1.5e-7.
+    """
+
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, alpha: float = 0.95, eps: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            means = [self.state[p].setdefault("grad_avg", torch.zeros_like(p)) for p in params]
+            squares = [self.state[p].setdefault("square_avg", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group["alpha"])
+            torch._foreach_mul_(squares, group["alpha"])
+            torch._foreach_addcmul_(squares, grads, grads, 1 - group["alpha"])
+            root = torch._foreach_addcmul(squares, means, means, -1)
+            torch._foreach_clamp_min_(root, 0)  # rounding may leave a variance of less
+            torch._foreach_add_(root, group["eps"])
+            torch._foreach_sqrt_(root)
+            torch._foreach_addcdiv_(params, grads, root, -group["lr"])
+        return loss
+
+
 def make(
     name: str,
     params: Iterable[torch.Tensor],
@@ -82,7 +117,8 @@ def make(
     beta1: float = 0.9,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """`adam` (betas `beta1`, .999), `rmsprop_tf`, `rmsprop` (torch's: ε outside the root, s₀ = 0) or `sgd`."""
+    """`adam` (betas `beta1`, .999), `rmsprop_tf`, `rmsprop` (torch's: ε outside the root, s₀ = 0), `rmsprop_centred`,
+    `adagrad` (torch's: ε outside the root) or `sgd`."""
     match name:
         case "adam":
             return Adam(params, lr=lr, eps=eps, betas=(float(beta1), 0.999), fused=True, **options)
@@ -90,6 +126,10 @@ def make(
             return RMSPropTF(params, lr=lr, alpha=alpha, eps=eps, **options)
         case "rmsprop":
             return RMSProp(params, lr=lr, alpha=alpha, eps=eps, **options)
+        case "rmsprop_centred":
+            return RMSPropCentred(params, lr=lr, alpha=alpha, eps=eps, **options)
+        case "adagrad":
+            return Adagrad(params, lr=lr, eps=eps, **options)
         case "sgd":
             return SGD(params, lr=lr, **options)
     raise ValueError(name)

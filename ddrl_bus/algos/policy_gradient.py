@@ -1,8 +1,9 @@
-"""What policy-gradient rules have in common besides the loss: how they act, and what rewards they learn from."""
+"""What policy-gradient rules have in common besides the loss: how they act, and their reduction."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from ddrl_bus.algos.config import PolicyGradientConfig
 from ddrl_bus.algos.heads import Head, head_of
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.noise import Noise
+from ddrl_bus.algos.numpy_heads import NumpyHeads, PolicyHeads
 from ddrl_bus.algos.policy import Explore
 from ddrl_bus.algos.spaces import Spaces
 
@@ -38,23 +40,15 @@ class PolicyGradient(Algorithm[ConfigT]):
         return head_of(spaces).sample(policy, noise, greedy=explore is None), {"policy": policy}
 
     @classmethod
+    def numpy_heads(cls, config: ConfigT, spaces: Spaces) -> Callable[[int], NumpyHeads] | None:
+        value = "value" in cls.record(config, spaces)
+        return partial(PolicyHeads, spaces, value) if config.shared_torso or not value else None
+
+    @classmethod
     def network(cls, config: ConfigT, spaces: Spaces, generator: torch.Generator | None) -> Any:
         from ddrl_bus.algos import nets
 
         return nets.ActorCritic(config, spaces, generator)
-
-
-def learnt_reward(reward: torch.Tensor, config: PolicyGradientConfig) -> torch.Tensor:
-    """Rewards as the rule learns from them: clipped, then scaled.  Shapes: any, the same."""
-    match config.reward_clip:
-        case "sign":
-            reward = torch.sign(reward)
-        case "one":
-            reward = reward.clamp(-1, 1)
-        case "soft_asymmetric":
-            squeezed = torch.tanh(reward / 5.0)
-            reward = 5.0 * torch.where(reward < 0, 0.3 * squeezed, squeezed)
-    return reward * config.reward_scale
 
 
 def reduced(loss: torch.Tensor, config: PolicyGradientConfig) -> torch.Tensor:

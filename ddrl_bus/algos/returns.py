@@ -1,9 +1,9 @@
-"""Returns, advantages and V-trace targets: pure functions of time-major tensors.
+"""Returns, advantages, V-trace targets and rescaled values: pure functions of time-major tensors.
 
-Common to all: `reward, value, next_value [T, B]` float, `terminated, truncated [T, B]` bool, given by position. Row t
+Targets take `reward, value, next_value [T, B]` float, `terminated, truncated [T, B]` bool, given by position. Row t
 holds what action t led to; `value[t]` is V(obs_t), and `next_value[t]` is V of the *true* successor of row t: of
 obs_{t+1} inside an episode, of the episode's final observation at a truncation, and any finite number at a termination,
-where it counts for nothing (`next_values` builds it). Recursions stop at any end of an episode; the bootstrap is
+where it counts for nothing. Recursions stop at any end of an episode; the bootstrap is
 dropped only at a termination. The results are targets: no gradient flows through them.
 """
 
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 
-from ddrl_bus.algos.lazy import torch
+import numpy as np
+
+from ddrl_bus.algos.base import Array
+from ddrl_bus.algos.lazy import library, torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,10 +24,13 @@ R = TypeVar("R")
 
 def _lean(function: Callable[P, R]) -> Callable[P, R]:
     """Detaches the tensors given, and on the CPU runs `function` on numpy views of them, whose small operations cost a
-    quarter of torch's. Such a function uses operators, slices and methods that the two libraries share."""
+    quarter of torch's. Such a function uses operators, slices and methods that the two libraries share; given numpy
+    arrays, it returns such."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if isinstance(args[0], np.ndarray):
+            return function(*args, **kwargs)
         tensors: list[Any] = [cast("torch.Tensor", arg).detach() for arg in args]
         if tensors[0].device.type != "cpu":
             return function(*tensors, **kwargs)
@@ -41,17 +47,6 @@ def _reverse_scan(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
     for t in range(len(y) - 2, -1, -1):
         y[t] += decay[t] * y[t + 1]
     return y
-
-
-def next_values(value: torch.Tensor, final_value: torch.Tensor, final_index: torch.Tensor) -> torch.Tensor:
-    """V of the true successor of each row.
-
-    Shapes: value [T+1, B] of obs, final_value [K] of the final observations of truncated rows, final_index [K] int64
-    (t·B + b of each); returns [T, B], without gradient.
-    """
-    successor = value[1:].detach().clone()
-    successor.view(-1)[final_index] = final_value.detach()
-    return successor
 
 
 def _td_errors(
@@ -83,28 +78,55 @@ def gae(
 
 @_lean
 def n_step_returns(
-    reward: torch.Tensor,
-    value: torch.Tensor,
-    next_value: torch.Tensor,
-    terminated: torch.Tensor,
-    truncated: torch.Tensor,
+    reward: Array,
+    next_value: Array,
+    terminated: Array,
+    truncated: Array,
     *,
     gamma: float,
     n: int,
-) -> torch.Tensor:
+    rescaled: bool = False,
+) -> Array:
     """R_t = Σ_{k<m} γ^k r_{t+k} + γ^m V(successor of row t+m-1), m ≤ n rows to the end of the segment or episode.
 
-    Shapes: all [T, B]. With n ≥ T this is A3C's return (Mnih et al. 2016, arXiv 1602.01783, algorithm S3). It is
-    summed as V_t + Σ_{k<m} γ^k δ_{t+k}, which is the same: the values between telescope.
+    Where values are `rescaled` V stands for h⁻¹(V), and the result is h(R_t): discounting is done in plain units.
+
+    Shapes: all [T, B]. With n ≥ T this is A3C's return (Mnih et al. 2016, arXiv 1602.01783, algorithm S3); rescaled it
+    is R2D2's target (Kapturowski et al. 2019, section 2.3).
     """
-    delta = _td_errors(reward, value, next_value, terminated, gamma)
-    inside = ~(terminated | truncated)
-    advantage = delta
-    for _ in range(min(n, len(delta)) - 1):  # the (k+1)-step advantage of row t is δ_t + γ times row t+1's k-step one
-        longer = delta + 0.0
-        longer[:-1] += gamma * (advantage[1:] * inside[:-1])
-        advantage = longer
-    return value + advantage
+    if rescaled:
+        next_value = unrescale(next_value)
+    inside = ~(terminated | truncated)[:-1]
+    one_step = reward + gamma * (next_value * ~terminated)
+    target = one_step
+    for _ in range(min(n, len(reward)) - 1):  # a row's (k+1)-step return is its reward and the next row's k-step one
+        longer = one_step + 0.0
+        longer[:-1] = library(reward).where(inside, reward[:-1] + gamma * target[1:], one_step[:-1])
+        target = longer
+    return rescale(target) if rescaled else target
+
+
+RESCALE_EPS: Final = 1e-3
+"""ε of `rescale`: R2D2's"""
+
+
+def rescale(x: Array) -> Array:
+    """h(x) = sign(x)(√(|x|+1) - 1) + εx: large returns in the scale of their roots.  Shapes: any, the same.
+
+    Source: Pohlen et al. 2018 (arXiv 1805.11593); written so that no digits are lost near 0.
+    """
+    return x / ((abs(x) + 1) ** 0.5 + 1) + RESCALE_EPS * x
+
+
+def unrescale(y: Array) -> Array:
+    """h⁻¹(y) = sign(y)(((√(1 + 4ε(|y| + 1 + ε)) - 1)/2ε)² - 1).  Shapes: any, the same.
+
+    As it stands it loses four of float32's seven digits. With w for the square's root less 1, εw² + (1 + 2ε)w = |y|,
+    whose solution below has no differences, and h⁻¹ = w(w + 2) with y's sign.
+    """
+    b = 1 + 2 * RESCALE_EPS
+    w = 2 * y / (b + (b * b + 4 * RESCALE_EPS * abs(y)) ** 0.5)
+    return w * (abs(w) + 2)
 
 
 class VTrace(NamedTuple):

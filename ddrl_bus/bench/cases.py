@@ -1,6 +1,6 @@
 """What the systems are shown to learn: one case a line, and when it counts as passed.
 
-A case is an ordinary `ddrl run` over ZeroMQ, once a seed. Evaluations sample actions, as is usual for policy gradients.
+A case is an ordinary `ddrl run` over ZeroMQ, once a seed. Evaluations of policy gradients sample actions, as is usual.
 A run always goes to the end of its steps, whatever it reached on the way, and what counts is the one evaluation of its
 last weights on seeds that nothing else has seen. Controls are the same agent with something taken away: they must fail,
 or the bar says nothing.
@@ -70,11 +70,13 @@ class Case:
     env: str = "CartPole-v1"
     control_of: str = ""
     """The case that this one is to be seen beside."""
+    greedy: bool = False
+    """Evaluations take the best known actions, as is usual for value-based agents, instead of sampled ones."""
 
     def words(self, seed: int) -> list[str]:
         """What follows `ddrl`."""
         ours = ["stop.reward=null", f"stop.steps={self.steps}"]
-        ours += ["nodes.evaluator.greedy=false", f"nodes.evaluator.episodes={EPISODES}"]
+        ours += [f"nodes.evaluator.greedy={str(self.greedy).lower()}", f"nodes.evaluator.episodes={EPISODES}"]
         return [
             "run",
             self.topology,
@@ -150,6 +152,8 @@ LAG: Final = (
     "algo.entropy_cost=0.003 nodes.actor.count=2"
 )
 
+TMAZE: Final = "env.preset=null"
+
 # fmt: off
 CASES: Final[tuple[Case, ...]] = (
     Case("a2c-cartpole", "a2c", 475, HALF_A_MILLION),
@@ -171,6 +175,16 @@ CASES: Final[tuple[Case, ...]] = (
     Case("impala-lag15", "impala", 450, MILLION, f"{LAG} algo.anneal_steps=1_000_000"),
     Case("impala-lag15-no-correction", "impala", 300, MILLION, f"{LAG} algo.anneal_steps=1_000_000 algo.correct=false",
          "ends under", control_of="impala-lag15"),
+    Case("apex-cartpole", "apex", 475, 150_000, greedy=True),
+    Case("apex-acrobot", "apex", -100, 150_000, env="Acrobot-v1", greedy=True),
+    Case("apex-minatar-breakout", "apex", 5, 500_000, "env.preset=minatar", env="MinAtar/Breakout-v1", greedy=True),
+    Case("gorila-cartpole", "gorila", 400, 150_000, greedy=True),
+    Case("r2d2-cartpole-no-velocity", "r2d2", 300, MILLION, greedy=True),
+    Case("seed_r2d2-cartpole-no-velocity", "seed_r2d2", 300, MILLION, greedy=True),
+    Case("r2d2-tmaze", "r2d2", 0.95, 300_000, TMAZE, env="ddrl_bus/TMaze-v0", greedy=True),
+    Case("r2d2-tmaze-no-memory", "r2d2", 0.95, 300_000, f"{TMAZE} algo.core=none", "stays", env="ddrl_bus/TMaze-v0",
+         control_of="r2d2-tmaze", greedy=True),
+    Case("seed_r2d2-tmaze", "seed_r2d2", 0.95, 300_000, TMAZE, env="ddrl_bus/TMaze-v0", greedy=True),
 )
 # fmt: on
 

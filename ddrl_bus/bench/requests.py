@@ -1,8 +1,10 @@
 """What a round trip of the `request` link costs over the sockets under it: `ddrl bench requests`.
 
-Each row sends the same bytes up and down between the same two processes in two ways, turn by turn: through our client
-and server, and through a bare DEALER/ROUTER pair of pyzmq, driven by asyncio over the sockets' file descriptors as ours
-is. Quote the ratios; absolute figures follow the machine's mood.
+Each row sends as many bytes up and down between the same two processes in two ways, turn by turn: arrays through our
+client and server, which pack and unpack them, and an opaque frame through a bare DEALER/ROUTER pair of pyzmq, driven by
+asyncio over the sockets' file descriptors as ours is. What goes up was copied to fresh memory before the clock started,
+as an environment step leaves it; what comes down is copied to fresh memory by the server in either way. Packing is part
+of our time. Quote the ratios; absolute figures follow the machine's mood.
 """
 
 from __future__ import annotations
@@ -111,10 +113,14 @@ def _serve(number: int, folder: str, _result: Connection) -> None:
 
 async def _answers(case: Case, folder: str) -> None:
     server = Bus("inference-0", 1, Ledger()).server("act", [f"{folder}/link"])
-    size = len(wire.encode("actions", "inference-0", 1, 1, SAID, case.down))
-    raw = _Raw(zmq.ROUTER, lambda parts: raw.send(parts[0].bytes, np.empty(size, np.uint8).data))
+    frame = np.frombuffer(wire.encode("actions", "inference-0", 1, 1, SAID, case.down), np.uint8)
+    raw = _Raw(zmq.ROUTER, lambda parts: raw.send(parts[0].bytes, frame.copy().data))
     raw.socket.bind(f"{folder}/raw")
-    await server.serve(lambda request: request.answer("actions", SAID, case.down))
+    await server.serve(lambda request: request.answer("actions", SAID, _anew(case.down)))
+
+
+def _anew(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: array.copy() for name, array in arrays.items()}
 
 
 def _ask(number: int, folder: str, result: Connection) -> None:
@@ -124,28 +130,30 @@ def _ask(number: int, folder: str, result: Connection) -> None:
 
 async def _both(case: Case, folder: str) -> tuple[list[float], list[float]]:
     client = Bus("actor-0", 1, Ledger()).client("act", f"{folder}/link")
-    size = len(wire.encode("act", "actor-0", 1, 1, FIELDS, case.up))
+    frame = np.frombuffer(wire.encode("act", "actor-0", 1, 1, FIELDS, case.up), np.uint8)
     answer: asyncio.Future[None]
     raw = _Raw(zmq.DEALER, lambda _parts: answer.set_result(None))
     raw.socket.connect(f"{folder}/raw")
 
-    async def ask_raw() -> None:
+    async def through_link() -> float:
+        arrays = _anew(case.up)
+        began = time.perf_counter()
+        await client.request("act", FIELDS, arrays, timeout_s=TIMEOUT_S)
+        return time.perf_counter() - began
+
+    async def through_raw() -> float:
         nonlocal answer
+        anew = frame.copy()
+        began = time.perf_counter()
         answer = asyncio.get_running_loop().create_future()
-        raw.send(np.empty(size, np.uint8).data)
+        raw.send(anew.data)
         await answer
+        return time.perf_counter() - began
 
-    async def ask_link() -> None:
-        await client.request("act", FIELDS, case.up, timeout_s=TIMEOUT_S)
-
-    ways = ask_link, ask_raw
     trips: tuple[list[float], list[float]] = [], []
     for block in range(-WARM_UP, case.blocks):
-        for ask, times in zip(ways, trips, strict=True):
-            for _ in range(BLOCK):
-                began = time.perf_counter()
-                await ask()
-                times.append(time.perf_counter() - began)
+        for trip, times in zip((through_link, through_raw), trips, strict=True):
+            times += [await trip() for _ in range(BLOCK)]
         if block < 0:
             trips = ([], [])
     return trips

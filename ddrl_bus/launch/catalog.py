@@ -19,7 +19,8 @@ _FOLDERS: Final = (_PACKAGE / "topologies", _PACKAGE.parent / "topologies")  # i
 def catalog(*, probe: bool = False) -> Catalog:
     """All algorithms; `probe` has the environment made once, so that one that cannot be is refused with its place."""
     entries = {
-        name: AlgorithmEntry(cls.Config, cls.wiring, cls.passes is Algorithm.passes) for name, cls in REGISTRY.items()
+        name: AlgorithmEntry(cls.Config, cls.wiring, cls.passes is Algorithm.passes, cls.windows)
+        for name, cls in REGISTRY.items()
     }
     return Catalog(entries, _probe if probe else None)
 

@@ -42,6 +42,7 @@ STATUS_S: Final = 1.0
 START_ORDER: Final[Sequence[str]] = (  # the slowest to start first
     "param_server",
     "learner",
+    "replay",
     "inference",
     "actor",
     "controller",

@@ -10,6 +10,7 @@ runs/<name>/<UTC time>-s<seed>/
     logs/<node>.log       JSON lines
     ledger/               one page per life
     checkpoints/
+    checkpoints-<node>/   of replay nodes, and of parameter servers where there are several
 runs/<name>/latest        the newest of them
 """
 

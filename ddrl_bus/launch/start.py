@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddrl_bus.errors import DdrlError, RefusedFileError, UsageError
+from ddrl_bus.errors import DdrlError, UsageError
 from ddrl_bus.launch import closing, run_dir
 from ddrl_bus.launch.catalog import catalog, find_topology, load_lock
 from ddrl_bus.launch.display import display
@@ -115,16 +115,14 @@ def evaluated(run: str | None, episodes: int, seed: int) -> dict[str, Any]:
     """What the newest checkpoint of a run is worth.
 
     Raises:
-        RefusedFileError: it has none that is whole.
+        RefusedFileError: it has none that is whole; of several parameter servers each needs one.
     """
-    from ddrl_bus import checkpoint
+    from ddrl_bus.nodes import shards
     from ddrl_bus.nodes.evaluator import evaluate
 
     folder = run_dir.find(run)
-    saved = checkpoint.newest(folder / run_dir.CHECKPOINTS)
-    if saved is None:
-        raise RefusedFileError(f"{folder}: no checkpoint yet")
-    return evaluate(load_lock(folder), saved, episodes, seed)
+    plan = load_lock(folder)
+    return evaluate(plan, shards.saved(plan, folder), episodes, seed)
 
 
 # ── the two ways to run ──────────────────────────────────────────────────────────────────────────────────────────

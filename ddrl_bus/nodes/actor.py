@@ -18,7 +18,7 @@ from ddrl_bus.algos.memory import State
 from ddrl_bus.algos.policy import Explore
 from ddrl_bus.envs import VectorEnv
 from ddrl_bus.errors import EnvError
-from ddrl_bus.experience import RECORD, STATE, Unroll
+from ddrl_bus.experience import RECORD
 from ddrl_bus.messages import Trajectory, Weights, fields_of, parse
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.assembly import Played
@@ -40,7 +40,6 @@ class Actor(Node):
         self.trajectories = self.open_sender("trajectories")
         self.policy = make_policy(self.algorithm, self.plan.algo, self.spaces, self.seeds(stream=1))
         self.envs: int = options.envs
-        self.layout = self.schema.layout(self.envs)
         self.explore = Explore(places(self.plan, self.node))
         self.env_steps = self.ledger.counter("env_steps")
         self.env_faults = self.ledger.counter("env_faults")
@@ -124,14 +123,13 @@ class Actor(Node):
 
     def _unroll(self) -> Played:
         with self.clocks["pack"]:
-            unroll = Unroll(self.layout)
+            unroll = self.unrolls.next()
         rows, env, forward, record = unroll.rows, self.clocks["env"], self.clocks["forward"], self.clocks["record"]
         episodes: list[tuple[float, int]] = []
-        rows["obs"][0] = self.obs
-        rows["version"][...] = self.version
-        for name, array in self.memory.items():
-            rows[STATE + name][...] = array
-        for t in range(self.schema.unroll):
+        rows["obs"][unroll.first] = self.obs
+        rows["version"][unroll.first :] = self.version
+        for t in range(unroll.first, unroll.length):
+            unroll.carried(t, self.memory)
             with forward:
                 acted = self.policy.act(self.obs, self.memory, self.explore)
             with env:
@@ -151,15 +149,16 @@ class Actor(Node):
                     cut = step.truncated[step.final_index]
                     if cut.any():
                         unroll.truncated(t, step.final_index[cut], step.final_obs[cut])
-        self.env_steps.add(self.schema.unroll * self.envs)
+        self.env_steps.add((unroll.length - unroll.first) * self.envs)
         with self.clocks["pack"]:
             returns, lengths = [r for r, _ in episodes], [n for _, n in episodes]
-            return unroll.finish(), fields_of(Trajectory(self.learner_epoch, returns, lengths))
+            return unroll.finish(), fields_of(Trajectory(self.learner_epoch, returns, lengths, unroll.first))
 
     def _new_env(self, restart: int) -> None:
         self.env_group = VectorEnv(self.env, self.envs, self.seeds(restart))
         self.obs = self.env_group.reset()
         self.memory = self.policy.initial_state(self.envs)
+        self.unrolls = self.unrolls_of(self.envs)
 
     def gauge(self) -> dict[str, float]:
         return {"env_steps": self.env_steps.value, "version": self.version, "credit": self.trajectories.credit}

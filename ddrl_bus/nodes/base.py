@@ -18,7 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -27,10 +27,10 @@ from typing import Any, ClassVar, Final, TypeVar
 import numpy as np
 
 from ddrl_bus import __version__, algos, envs
-from ddrl_bus.algos.base import Algorithm
+from ddrl_bus.algos.base import Algorithm, Windows
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
-from ddrl_bus.experience import UnrollSchema
+from ddrl_bus.experience import Unrolls, UnrollSchema
 from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, fields_of, parse
 from ddrl_bus.metrics import shares
 from ddrl_bus.topology.plan import NodePlan, Plan, Port
@@ -150,15 +150,34 @@ class Node(ABC):
 
     @cached_property
     def schema(self) -> UnrollSchema:
-        """The arrays of an unroll, the same at the actor that writes it and the learner that checks it."""
+        """The arrays of an unroll, the same at the actor that writes it and the learner or replay that checks it."""
         spaces, config = self.spaces, self.plan.algo
+        windows = self.algorithm.windows(config) or Windows(config.unroll, 0, 0, 0)
         return UnrollSchema(
             (spaces.obs_dtype, spaces.obs_shape),
             (spaces.action_dtype, spaces.action_shape),
             self.algorithm.record(config, spaces),
-            config.unroll,
+            windows.rows,
             self.algorithm.carried(config, spaces),
+            windows.overlap,
+            windows.starts,
         )
+
+    @cached_property
+    def windows_schema(self) -> UnrollSchema:
+        """The arrays of the windows that a replay node draws, the same at the learner that trains on them.
+
+        Raises:
+            UsageError: for an algorithm that learns from unrolls as they come.
+        """
+        windows = self.algorithm.windows(self.plan.algo)
+        if windows is None:
+            raise UsageError(f"{self.name}: {self.plan.algo_name} replays nothing, expected an algorithm that does")
+        return self.schema.windows(windows.length)
+
+    def unrolls_of(self, envs: int) -> Unrolls:
+        """The unrolls of a new vector of environments."""
+        return Unrolls(self.schema, envs, partial(self.algorithm.priorities, self.plan.algo))
 
     def seeds(self, restart: int = 0, stream: int = 0) -> np.random.SeedSequence:
         """Seeds of this life of this node."""
@@ -375,7 +394,7 @@ def places(plan: Plan, actor: NodePlan) -> Array:
 
 
 def node_class(plan: Plan, name: str) -> type[Node]:
-    """What to make of a node: its kind says, and of learners and actors their ports too."""
+    """What to make of a node: its kind says, of learners and actors their ports too, and of learners their trainers."""
     module = plan.nodes[name].kind
     cls = KINDS[module]
     if module == "learner" and "gradients" in plan.ports(name):

@@ -10,7 +10,7 @@ import numpy as np
 from ddrl_bus.algos.base import Batch
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.errors import WireError
-from ddrl_bus.experience import RECORD, STATE, BatchSlots, Slot, UnrollSchema, under
+from ddrl_bus.experience import RECORD, STATE, Allocate, BatchSlots, Slot, UnrollSchema, under
 from ddrl_bus.messages import Trajectory, parse
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import Node
@@ -40,13 +40,12 @@ class Intake:
         self._trained = node.ledger.counter("trajectories", "trained")
         self._next: deque[Message] = deque()
         self._column = 0  # of the first of them
+        self.rows: int = node.plan.algo.batch * node.plan.algo.unroll
+        """Environment steps that a batch adds to the run's."""
 
     def allocate(self, slots: int, device: torch.device) -> list[Slot]:
         """Memory for so many batches; on the compute thread, for it may need torch."""
-        pinned = _pinned if device.type == "cuda" else np.empty
-        self.batches = BatchSlots(
-            self._schema, self._plan.algo.batch, slots, allocate=lambda dtype, shape: pinned(shape, dtype)
-        )
+        self.batches = BatchSlots(self._schema, self._plan.algo.batch, slots, allocator(device))
         return self.batches.free
 
     async def fill(self, slot: Slot) -> Slot:
@@ -60,6 +59,7 @@ class Intake:
             if self._column == message.arrays["obs"].shape[1]:
                 self._next.popleft()
                 self._column = 0
+        slot.env_steps = self.rows
         return slot
 
     async def _unrolls(self) -> list[Message]:
@@ -85,13 +85,18 @@ class Intake:
 
     # ---- books
 
-    def trained(self, messages: int) -> None:
-        self._trained.add(messages)
+    def trained(self, slot: Slot) -> None:
+        """The slot was trained on."""
+        self._trained.add(slot.messages)
+
+    def refuse(self, slot: Slot, reason: str) -> None:
+        """Nothing was learnt from the slot."""
+        self.evict(reason, slot.messages)
 
     def evict(self, reason: str, messages: int) -> None:
         self._ledger.counter("trajectories", "evicted", reason).add(messages)
 
-    def settle(self) -> None:
+    async def settle(self) -> None:
         """Nothing more is trained on: evict what came besides."""
         while self.receiver.try_recv() is not None:
             pass
@@ -134,10 +139,15 @@ def batch_of(slot: Slot, schema: UnrollSchema) -> Batch:
         version=slot.version,
         final_obs=final,
         final_index=index,
+        weight=slot.weight,
     )
 
 
-def _pinned(shape: tuple[int, ...], dtype: str) -> Array:
-    """Memory from which copies to a GPU are direct."""
-    array: Array = torch.from_numpy(np.empty(shape, dtype)).pin_memory().numpy()
-    return array
+def allocator(device: torch.device) -> Allocate:
+    """Where batches for this device lie: copies to a GPU are direct from pinned memory."""
+
+    def allocate(dtype: str, shape: tuple[int, ...]) -> Array:
+        array: Array = np.empty(shape, dtype)
+        return torch.from_numpy(array).pin_memory().numpy() if device.type == "cuda" else array
+
+    return allocate

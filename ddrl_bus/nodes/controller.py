@@ -251,8 +251,10 @@ class Controller(Node):
     # ---- figures
 
     def _trained(self, gauge: str) -> float:
-        """A gauge of the one node that decides about the run: a parameter server, or else the learner."""
-        return sum(m.progress.gauges.get(gauge, 0) for m in self.members.values() if m.progress.role == self.trainer)
+        """A gauge of the nodes that decide about the run: parameter servers, of which every gradient concerns each, or
+        else the learner."""
+        trainers = (member.progress for member in self.members.values() if member.progress.role == self.trainer)
+        return max((progress.gauges.get(gauge, 0) for progress in trainers), default=0)
 
     def _env_steps(self) -> int:
         """Steps that actors took, over all their lives."""

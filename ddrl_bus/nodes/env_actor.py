@@ -21,7 +21,7 @@ from ddrl_bus.errors import EnvError, LinkClosedError, UnreachableError
 from ddrl_bus.experience import FINAL
 from ddrl_bus.messages import Act, Actions, fields_of, parse
 from ddrl_bus.metrics import SharedClock, clock
-from ddrl_bus.nodes.assembly import Assembler, Played
+from ddrl_bus.nodes.assembly import Assembler, Played, new_rows
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.nodes.env_faults import EnvFaults
 from ddrl_bus.transport.links import Client
@@ -66,7 +66,7 @@ class EnvGroup:
         self, arrays: dict[str, Array], returns: Sequence[float] = (), lengths: Sequence[int] = ()
     ) -> Played | None:
         played = self.assembler.observed(arrays["obs"]) if self.assembler else None
-        begins = self.assembler is not None and self.assembler.row == 0
+        begins = self.assembler is not None and self.assembler.begins
         self.act = Act(self.number, self.act.step + 1, begins, list(returns), list(lengths))
         self.arrays = arrays
         return played
@@ -115,8 +115,7 @@ class EnvActor(Node):
         self.groups = [await self.compute(self._new_group, g, self.servers[n]) for g, n in enumerate(numbers)]
 
     def _new_group(self, number: int, server: Client) -> EnvGroup:
-        layout = self.schema.layout(self.envs)
-        assembler = Assembler(layout, self.schema.unroll) if self.trajectories else None
+        assembler = Assembler(self.unrolls_of(self.envs)) if self.trajectories else None
         return EnvGroup(number, partial(self._make_env, number), server, assembler)
 
     def _make_env(self, group: int) -> VectorEnv:
@@ -147,7 +146,7 @@ class EnvActor(Node):
         while answer := await self._actions(group):
             played = await self.submit(self._step, group, answer, faults)
             if played and not await self._send(played):
-                self.unfinished.add(self.schema.unroll * self.envs)
+                self.unfinished.add(new_rows(played, self.schema) * self.envs)
                 break
 
     async def _actions(self, group: EnvGroup) -> Message | None:

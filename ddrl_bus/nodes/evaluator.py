@@ -13,11 +13,12 @@ from ddrl_bus.algos import memory
 from ddrl_bus.algos.acting import make_policy
 from ddrl_bus.algos.policy import Explore, Policy
 from ddrl_bus.checkpoint import Checkpoint
-from ddrl_bus.messages import Evaluation, Weights, parse
+from ddrl_bus.messages import Evaluation
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import ROLES, Node
+from ddrl_bus.nodes.shards import Published, Slices
 from ddrl_bus.topology.plan import Plan
-from ddrl_bus.transport.wire import Message
+from ddrl_bus.transport.wire import Array
 
 MAX_STEPS: Final = 100_000
 """Steps after which an evaluation episode counts as over, for environments without a time limit."""
@@ -28,7 +29,7 @@ class Evaluator(Node):
 
     async def start(self) -> None:
         self.options: Any = self.node.options
-        self.weights = self.open_subscriber("parameters" if "parameters" in self.ports else "weights")
+        self.weights = Slices(self, "parameters" if "parameters" in self.ports else "weights")
         self.policy = make_policy(self.algorithm, self.plan.algo, self.spaces, self.seeds(stream=1))
         self.clocks = {name: clock(self.ledger, name) for name in ("evaluate", "unpack", "weights_wait")}
         self.played = 0
@@ -39,31 +40,32 @@ class Evaluator(Node):
         due = loop.time() + self.options.every
         while not self.draining.is_set():
             with self.clocks["weights_wait"]:
-                message = await self.until(self._newest_when(due), self.draining)
-            if message is None:
+                newest = await self.until(self._newest_when(due), self.draining)
+            if newest is None:
                 return
-            await self._evaluate(message, parse(Weights, message))
+            await self._evaluate(newest)
             due = loop.time() + self.options.every
 
-    async def _newest_when(self, due: float) -> Message:
+    async def _newest_when(self, due: float) -> Published:
         """The newest weights at the time `due`, or those that the controller wants confirmed, at once."""
-        message = await self.weights.next()
-        while not parse(Weights, message).confirm:
+        newest = await self.weights.next()
+        while not newest.weights.confirm:
             try:
                 async with asyncio.timeout_at(due):
-                    message = await self.weights.next()
+                    newest = await self.weights.next()
             except TimeoutError:
                 break
-        return message
+        return newest
 
-    async def _evaluate(self, message: Message, weights: Weights) -> None:
+    async def _evaluate(self, published: Published) -> None:
         self.played += 1
-        returns = await self.compute(self._play, message, self.played)
+        weights = published.weights
+        returns = await self.compute(self._play, published.arrays, self.played)
         self.evaluation = Evaluation(
             mean_return=float(np.mean(returns)),
             episodes=len(returns),
             version=weights.updates,
-            learner_epoch=message.epoch,
+            learner_epoch=published.epoch,
             env_steps=weights.env_steps,
             confirm=weights.confirm,
             number=self.played,
@@ -71,9 +73,9 @@ class Evaluator(Node):
         self.log.info("return=%.1f updates=%d", self.evaluation.mean_return, weights.updates)
         self.report()
 
-    def _play(self, message: Message, number: int) -> list[float]:
+    def _play(self, arrays: Mapping[str, Array], number: int) -> list[float]:
         with self.clocks["unpack"]:
-            self.policy.load(message.arrays)
+            self.policy.load(arrays)
         with self.clocks["evaluate"]:
             seeds = self.seeds(restart=number, stream=2)
             return play(self.policy, self.env, self.options.episodes, seeds, greedy=self.options.greedy)

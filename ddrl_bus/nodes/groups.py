@@ -81,7 +81,7 @@ class Group:
     def acted(self, action: Array, record: Mapping[str, Array], state: State, by: Actions) -> None:
         """The policy's answer, whose arrays are copied where they are kept; `state` is the group's own from now on."""
         arrays = {"action": action, **{RECORD + name: array for name, array in record.items()}}
-        if self._tells_state or (self.assembler and self.assembler.row == 0):
+        if self._tells_state or (self.assembler and self.assembler.begins):
             arrays |= {STATE + name: array for name, array in self.state.items()}
         if self.assembler:
             self.assembler.acted(arrays, by)

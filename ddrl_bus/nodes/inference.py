@@ -19,7 +19,7 @@ from ddrl_bus.algos.acting import make_policy
 from ddrl_bus.errors import WireError
 from ddrl_bus.messages import Act, Actions, fields_of, parse
 from ddrl_bus.metrics import SharedClock, clock
-from ddrl_bus.nodes.assembly import Assembler, Played
+from ddrl_bus.nodes.assembly import Assembler, Played, new_rows
 from ddrl_bus.nodes.base import Node, places
 from ddrl_bus.nodes.batching import Batcher
 from ddrl_bus.nodes.groups import Group, refusal
@@ -138,7 +138,7 @@ class Inference(Node):
             if not before.out:  # else whoever answers it sees to that
                 self.unfinished.add(before.abandon())
         envs = len(places)
-        assembler = Assembler(self.schema.layout(envs), self.schema.unroll) if self.trajectories else None
+        assembler = Assembler(self.unrolls_of(envs)) if self.trajectories else None
         return Group(life, step, partial(memory.initial, self.plan.algo, self.spaces, envs), places, assembler)
 
     # ---- answers
@@ -228,8 +228,8 @@ class Inference(Node):
             return
         while self.unsent and self.trajectories.try_send(*self.unsent[0][2]):
             self.unsent.popleft()
-        for _, group, _ in self.unsent:
-            self.unfinished.add(self.schema.unroll * len(group.obs))
+        for _, group, played in self.unsent:
+            self.unfinished.add(new_rows(played, self.schema) * len(group.obs))
         for group in self.groups.values():
             self.unfinished.add(group.abandon())
         await self.trajectories.flush(self.plan.grace / 2)  # the rest is for the goodbye

@@ -1,7 +1,7 @@
-"""The learner: fills batches from unrolls as they come, trains, publishes weights.
+"""The learner: fills batches from unrolls as they come, or from what a replay draws; trains, publishes weights.
 
-    trajectories ─→ slot (one copy) ─→ ready ─→ train ─→ weights
-                     ↑ while the last batch is trained on, the next one fills
+    trajectories, or samples ─→ slot (one copy) ─→ ready ─→ train ─→ weights
+                                 ↑ while the last batch is trained on, the next one fills
 
 What it publishes, when it stops and what it saves is the trainer's business.
 """
@@ -19,6 +19,7 @@ from ddrl_bus.experience import Slot
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.nodes.batches import Intake, batch_of, oldest
+from ddrl_bus.nodes.samples import Samples
 from ddrl_bus.nodes.trainer import Snapshot, Trainer, lag_gauge
 from ddrl_bus.transport.wire import Array, Message
 
@@ -31,7 +32,6 @@ class Learner(Node):
 
     async def start(self) -> None:
         options: Any = self.node.options
-        self.intake = Intake(self, self._lag)
         self.publish_every: int = options.publish_every
         self.delay: int = options.delay
         self.clocks = {name: clock(self.ledger, name) for name in ("learn", "queue_wait")}
@@ -40,17 +40,17 @@ class Learner(Node):
         self.delayed: deque[Snapshot] = deque()
         self.first_update_at = 0.0
         self.trainer = Trainer(self, self.open_publisher("weights"))
-        await self.compute(self._build, options.device)
+        self.algo = await self.compute(self.trainer.build, options.device)
+        replayed = "samples" in self.ports
+        self.source = Samples(self, self.algo.env_steps) if replayed else Intake(self, self._lag)
+        ahead: int = options.prefetch if replayed else self.threads()
+        self.slots = await self.compute(self.source.allocate, ahead + 2, self.algo.device)
         self.free: asyncio.Queue[Slot] = asyncio.Queue()
         self.ready: deque[Slot] = deque()
         self.batch_ready = asyncio.Event()
         self.training: deque[asyncio.Future[Updated]] = deque()
         for slot in self.slots:
             self.free.put_nowait(slot)
-
-    def _build(self, device: str) -> None:
-        self.algo = self.trainer.build(device)
-        self.slots = self.intake.allocate(self.threads() + 2, self.algo.device)
 
     async def run(self) -> None:
         self.trainer.publish(await self.compute(self.trainer.snapshot))
@@ -59,15 +59,15 @@ class Learner(Node):
             await self._train_until_drained(assembling)
         finally:
             assembling.cancel()
-        self.intake.settle()
+        await self.source.settle()
         await self.compute(self.trainer.save)
 
     # ---- batches
 
     async def _assemble(self) -> None:
-        """Copy unrolls into slots while the compute thread trains."""
+        """Fill slots while the compute thread trains."""
         while True:
-            self.ready.append(await self.intake.fill(await self.free.get()))
+            self.ready.append(await self.source.fill(await self.free.get()))
             self.batch_ready.set()
             self._train_ahead()
 
@@ -101,8 +101,7 @@ class Learner(Node):
 
     def _may_train(self) -> bool:
         """Whether one more update, after those under way, is wanted."""
-        rows = self.plan.algo.batch * self.plan.algo.unroll
-        return not (self.trainer.held or self.trainer.spent(len(self.training) * rows))
+        return not (self.trainer.held or self.trainer.spent(len(self.training) * self.source.rows))
 
     async def _attend(self) -> None:
         """Nothing is being trained: see to the controller's wishes, or wait for a batch."""
@@ -119,7 +118,7 @@ class Learner(Node):
     def _updated(self, updated: Updated) -> None:
         self.training.popleft()
         slot, due = updated
-        self.intake.trained(slot.messages)
+        self.source.trained(slot)
         slot.clear()
         self.free.put_nowait(slot)
         if not self.first_update_at:
@@ -131,7 +130,9 @@ class Learner(Node):
     # ---- on the compute thread
 
     def _update(self, slot: Slot) -> Updated:
-        return self._apply(slot, partial(self.algo.step, batch_of(slot, self.schema)))
+        updated = self._apply(slot, partial(self.algo.step, batch_of(slot, self.schema), slot.env_steps))
+        slot.errors = self.algo.errors
+        return updated
 
     def _apply(self, slot: Slot, step: Callable[[], dict[str, float]]) -> Updated:
         """One update by `step`, and what is due after it."""
@@ -158,6 +159,6 @@ class Learner(Node):
             "updates": self.algo.updates,
             **lag_gauge(self.lags),
             "first_update_at": self.first_update_at,
-            **self.intake.gauge(),
+            **self.source.gauge(),
             **self.metrics,
         }

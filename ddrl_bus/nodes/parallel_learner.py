@@ -72,8 +72,13 @@ class ParallelLearner(Learner):
                 return super()._update(slot)
         batch = batch_of(slot, self.schema)
         gradients, report = self._gradients(batch)
+
+        def applied() -> dict[str, float]:
+            self.algo.apply(gradients, batch.reward.size)
+            return report
+
         with self.lock:
-            return self._apply(slot, lambda: {**report, "grad_norm": self.algo.apply(gradients, batch.reward.size)})
+            return self._apply(slot, applied)
 
     def _gradients(self, batch: Batch) -> tuple[dict[str, Array], dict[str, float]]:
         replica = self._replica()

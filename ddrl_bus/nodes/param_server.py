@@ -1,11 +1,13 @@
-"""The parameter server: applies the gradients of many workers to one set of parameters, one after the other.
+"""The parameter server: applies the gradients of many workers to one set of parameters, one after the other. Of
+several each is a shard: it holds its own part of the parameters, and gets that part of each gradient.
 
     gradients ─→ judge ─→ apply ─→ (durable: checkpoint) ─→ newest parameters back to the worker
                                 └→ parameters, for whoever plays them
 
 A gradient is applied the moment it comes, with one optimiser state and a learning rate annealed by everybody's steps
 (Mnih et al. 2016, arXiv 1602.01783: A3C with shared RMSProp). It is applied once, however often it is sent: the number
-of the last one of each worker lies in the same checkpoint as the parameters that hold it.
+of the last one of each worker lies in the same checkpoint as the parameters that hold it. Shards know nothing of each
+other: each counts its own updates.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 from ddrl_bus.errors import WireError
 from ddrl_bus.messages import PULL, Gradient, Parameters, fields_of, parse
 from ddrl_bus.metrics import clock
-from ddrl_bus.nodes.base import Node
+from ddrl_bus.nodes.base import Node, node_seeds
 from ddrl_bus.nodes.trainer import Snapshot, Trainer, lag_gauge
 from ddrl_bus.transport.links import Request
 from ddrl_bus.transport.wire import Array, Message
@@ -58,7 +60,9 @@ class ParamServer(Node):
         self.reports: deque[dict[str, float]] = deque(maxlen=KEPT)
         self.first_update_at = self.publish_at = 0.0
         self.published = 0  # updates at the parameters published last
-        self.trainer = Trainer(self, self.open_publisher("parameters") if "parameters" in self.ports else None)
+        publisher = self.open_publisher("parameters") if "parameters" in self.ports else None
+        servers = [node.name for node in self.plan.members(self.ports["gradients"].link.targets)]
+        self.trainer = Trainer(self, publisher, (servers.index(self.name), len(servers)))
         await self.compute(self._build)
 
     def _build(self) -> None:
@@ -67,7 +71,12 @@ class ParamServer(Node):
         applied = saved.values.get("applied", {}) if saved else {}
         self.applied = {name: (life, number) for name, (life, number) in applied.items()}
         self.unsaved = saved is None  # a gradient belongs to the parameters that it was computed with: keep the first
-        self.shapes = {name: tuple(p.shape) for name, p in self.algo.net.named_parameters()}
+        parameters = self.algo.net.named_parameters()
+        self.shapes = {name: tuple(p.shape) for name, p in parameters if name in self.trainer.names}
+
+    def seeds(self, restart: int = 0, stream: int = 0) -> np.random.SeedSequence:
+        """Those of the first: together shards begin as one network."""
+        return node_seeds(self.plan.seed, self.role, 0, (self.epoch >> 32) + restart, stream)
 
     async def run(self) -> None:
         self.trainer.publish(await self.compute(self.trainer.snapshot))
@@ -156,7 +165,7 @@ class ParamServer(Node):
         return "applied"
 
     def _refusal(self, gradient: Gradient, arrays: dict[str, Array], staleness: int) -> str:
-        if gradient.env_steps < 1 or gradient.version < 0:
+        if gradient.env_steps < 0 or gradient.version < 0:
             return "fields"
         if not arrays or any(a.dtype != np.float32 or a.shape != self.shapes.get(name) for name, a in arrays.items()):
             return "schema"

@@ -21,6 +21,7 @@ from ddrl_bus.algos.base import Algorithm
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.messages import Weights, fields_of
 from ddrl_bus.metrics import clock
+from ddrl_bus.nodes import shards
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.transport.links import Publisher
 from ddrl_bus.transport.wire import Arena, Array, Layout
@@ -41,31 +42,37 @@ class Trainer:
 
     Args:
         publisher: where the weights go; None where nobody listens.
+        shard: which of how many parts of the parameters the node holds; all of them where nothing is said.
     """
 
     algo: Algorithm[Any]
     resumed: checkpoint.Checkpoint | None
     """What it goes on from."""
+    names: list[str]
+    """Of the parameters that the node holds."""
 
-    def __init__(self, node: Node, publisher: Publisher | None) -> None:
+    def __init__(self, node: Node, publisher: Publisher | None, shard: tuple[int, int] = (0, 1)) -> None:
         self._node = node
         self._publisher = publisher
         self._pack, self._send = clock(node.ledger, "pack"), clock(node.ledger, "send")
         self._published = self._confirmed = 0
-        self._folder = node.run_dir / "checkpoints"
+        self._shard, self._shards = shard
 
     def build(self, device: str) -> Algorithm[Any]:
         """The algorithm, as the newest checkpoint left it if there is one.
 
         Raises:
             RefusedFileError: there are checkpoints, and none is whole or fits.
+            UsageError: there are more shards than parameters.
         """
         self.algo = make_algorithm(self._node, device)
-        self.resumed = checkpoint.newest(self._folder)
+        weights = self.algo.weights()
+        self.names = shards.parts(weights, self._shards)[self._shard]
+        self.resumed = shards.newest(self._node.run_dir, self._node.name, self._shards)
         if self.resumed is not None:
             self.algo.load_state(self.resumed.arrays)
             self._node.log.info("resumed env_steps=%d updates=%d", self.algo.env_steps, self.algo.updates)
-        self._layout = Layout(Weights.KIND, {k: (v.dtype.name, v.shape) for k, v in self.algo.weights().items()})
+        self._layout = Layout(Weights.KIND, {n: (weights[n].dtype.name, weights[n].shape) for n in self.names})
         self._save_at = time.monotonic() + self._node.plan.checkpoint.every
         return self.algo
 
@@ -95,9 +102,9 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         with self._pack:
-            arena = self._layout.arena()
-            for name, array in self.algo.weights().items():
-                arena.arrays[name][...] = array
+            arena, weights = self._layout.arena(), self.algo.weights()
+            for name, array in arena.arrays.items():
+                array[...] = weights[name]
             return Snapshot(Weights(self.algo.env_steps, self.algo.updates), arena)
 
     def publish(self, snapshot: Snapshot, confirm: int = 0) -> None:
@@ -124,10 +131,13 @@ class Trainer:
             "learner_epoch": self._node.epoch,
             "env_steps": algo.env_steps,
             "updates": algo.updates,
+            "shards": self._shards,
+            "parameters": self.names,
         }
+        folder = shards.folder(self._node.run_dir, self._node.name, self._shards)
         try:
             saved = checkpoint.Checkpoint(algo.env_steps, algo.state(), values)
-            checkpoint.save(self._folder, saved, plan.checkpoint.keep)
+            checkpoint.save(folder, saved, plan.checkpoint.keep)
         except OSError as error:  # a full disk must not end the training that it cannot save
             self._node.log.error("checkpoint not written: %s", error)
             return False

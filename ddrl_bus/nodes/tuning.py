@@ -11,6 +11,8 @@ TUNE_S: Final = 5.0
 """How long a number is watched."""
 BETTER: Final = 1.05
 """By this factor one more or one fewer has to be faster: rates of equal numbers differ by some per cent too."""
+LONGEST_REST: Final = 8
+"""Measurements between two trials where none helps."""
 
 
 def most(number: int | Literal["auto"]) -> int:
@@ -35,7 +37,8 @@ async def tuned(most: int, done: Callable[[], int]) -> AsyncIterator[int]:
 class HillClimb:
     """Finds the number that makes the highest rate: tries one more or one fewer, and keeps what is faster.
 
-    It measures anew before each trial, so that rates from other times of a run are not compared.
+    It measures anew before each trial, so that rates from other times of a run are not compared. Trials cost: after
+    each that did not help it rests, twice as long as before.
 
     Args:
         most: the highest number there may be; the lowest is 1.
@@ -46,6 +49,7 @@ class HillClimb:
         """To be used now."""
         self._most, self._step = most, 1
         self._kept: tuple[int, float] | None = None
+        self._rest, self._next_rest = 0, 1
 
     def measured(self, rate: float) -> int:
         """The number to use next, now that `number` has made this rate."""
@@ -55,7 +59,12 @@ class HillClimb:
             if rate < was * BETTER:
                 self._step = -self._step
                 self.number = kept
+                self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
                 return self.number
+            self._next_rest = 1
+        if self._rest:
+            self._rest -= 1
+            return self.number
         if not 1 <= self.number + self._step <= self._most:
             self._step = -self._step
         if 1 <= self.number + self._step <= self._most:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ddrl_bus.errors import EnvError
-from ddrl_bus.topology.plan import TCP_PORTS, LinkPlan, Plan, bundle_of
-from ddrl_bus.topology.schema import MAX_NODES, ActorOptions, Catalog, NodeOptions, one_of
+from ddrl_bus.rate_limiter import least_slack
+from ddrl_bus.topology.plan import TCP_PORTS, LinkPlan, Plan, bundle_of, most_columns
+from ddrl_bus.topology.schema import (
+    MAX_NODES,
+    ActorOptions,
+    AlgorithmEntry,
+    Catalog,
+    NodeOptions,
+    ReplayOptions,
+    one_of,
+)
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 MAX_IPC_PATH = 106  # bytes: sun_path holds 108 with its NUL, and libzmq keeps one
@@ -20,18 +30,11 @@ def check_groups(groups: Mapping[str, NodeOptions], hosts: Mapping[str, str], no
     """Counts, hosts and bundles."""
     if (total := sum(options.count for options in groups.values())) > MAX_NODES:
         problems.add(nodes, "nodes", f"{total:,} nodes, expected at most {MAX_NODES:,}")
-    for kind, why in (
-        ("controller", "a run has one controller"),
-        ("param_server", "shards cannot be split yet"),
-    ):
-        of_kind = [name for name, options in groups.items() if options.kind == kind]
-        if (count := sum(groups[name].count for name in of_kind)) > 1:
-            group = of_kind[-1]
-            at, path = _option(nodes, group, "count")
-            problems.add(at, path, f"{count} nodes of kind {kind}, expected 1: {why}")
-        elif count == 0 and kind == "controller" and of_kind:
-            at, path = _option(nodes, of_kind[0], "count")
-            problems.add(at, path, f"got 0, expected 1: {why}")
+    controllers = [name for name, options in groups.items() if options.kind == "controller"]
+    if (count := sum(groups[name].count for name in controllers)) != 1 and controllers:
+        at, path = _option(nodes, controllers[-1 if count else 0], "count")
+        got = f"{count} nodes of kind controller" if count else "got 0"
+        problems.add(at, path, f"{got}, expected 1: a run has one controller")
     for group, options in groups.items():
         for place, host in enumerate(options.host or ()):
             if host not in hosts:
@@ -82,6 +85,8 @@ def check_batches(
 ) -> None:
     """Whether the learner's batch of `algo.batch` columns can fill before every actor waits for credit."""
     batch = getattr(algo, "batch", None)
+    if link and any(groups[name].kind == "replay" for name in link.targets):
+        return
     actors = [groups[name] for name in link.sources if name in groups] if link else []
     senders = [options for options in actors if isinstance(options, ActorOptions)]
     if not isinstance(batch, int) or link is None or not senders or len(senders) != len(actors):
@@ -117,6 +122,47 @@ def _check_lock_step(batch: int, columns: int, sum_text: str, link: LinkPlan, ro
             f"got {batch}, expected {columns} (actors × envs: {sum_text}): with max_lag 0 one round of all actors "
             f"is one batch, else {why}; set algo.batch to {columns}, or leave links.{link.name}.max_lag out",
         )
+
+
+# ── replays ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_replays(
+    algo: Any,
+    entry: AlgorithmEntry,
+    groups: Mapping[str, NodeOptions],
+    links: Mapping[str, LinkPlan],
+    root: Node,
+    problems: Problems,
+) -> None:
+    """Whether each replay node takes unrolls in, and whether its rate limit ever lets go of both sides."""
+    windows = entry.windows(algo)
+    for group, options in groups.items():
+        if isinstance(options, ReplayOptions) and options.count and windows is not None:
+            items = windows.starts * most_columns(groups, links)
+            for key, wrong in _unfit_replay(options, items, algo.batch).items():
+                problems.add(root.find(("nodes", group, key)), dotted(("nodes", group, key)), wrong)
+
+
+def _unfit_replay(options: ReplayOptions, items: int, batch: int) -> dict[str, str]:
+    """Option → what is wrong with it, where the largest unroll brings so many items."""
+    wrong = {}
+    if options.capacity < items:
+        wrong["capacity"] = f"got {options.capacity:,}, expected at least {items:,}: an unroll brings so many items"
+    elif options.min_size > options.capacity:
+        most = f"expected at most {options.capacity:,}, its capacity"
+        wrong["min_size"] = f"got {options.min_size:,}, {most}: it would never hold so many"
+    if options.slack is not None and options.samples_per_insert is None:
+        wrong["slack"] = f"got {options.slack:g}, but without samples_per_insert nobody waits; leave it out"
+    elif options.slack is not None and options.samples_per_insert is not None:
+        least = least_slack(options.samples_per_insert, items, batch)
+        if options.slack < least:
+            wrong["slack"] = (
+                f"got {options.slack:g}, expected at least {least:g}, or both sides would wait for ever: {items:,} "
+                f"items come at once, each to be drawn {options.samples_per_insert:g} times, and {batch:,} are drawn "
+                "at once"
+            )
+    return wrong
 
 
 def check_stop(groups: Iterable[NodeOptions], stops_by_reward: bool, root: Node, problems: Problems) -> None:

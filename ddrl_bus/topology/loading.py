@@ -111,6 +111,8 @@ def _plan(tree: Node, catalog: Catalog, problems: Problems) -> Plan | None:
         checks.check_stop(whole.values(), stop is not None and stop.reward is not None, tree, problems)
         if not wrong:
             checks.check_batches(algo, whole, links.get("trajectories"), tree, problems)
+            if algo is not None:
+                checks.check_replays(algo, catalog.algorithms[algo_name], whole, links, tree, problems)
     if problems or not settings or not env or not stop or not checkpoint:
         return None
     return Plan(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ddrl_bus.errors import UsageError
 from ddrl_bus.topology.schema import (
     SYSTEM_PORTS,
+    ActorOptions,
     CheckpointSettings,
     EnvSettings,
     LinkKind,
@@ -234,6 +235,13 @@ def bundle_of(link: LinkPlan, groups: Mapping[str, NodeOptions]) -> str | None:
     """The bundle that the whole link is inside of, if there is one: it then joins nodes of one process."""
     bundles = {groups[name].bundle for name in link.sources + link.targets}
     return bundles.pop() if len(bundles) == 1 else None
+
+
+def most_columns(groups: Mapping[str, NodeOptions], links: Mapping[str, LinkPlan]) -> int:
+    """Columns of the largest unroll: all environments of an actor, or one of the parts in which they ask."""
+    asking = links["act"].sources if "act" in links else ()
+    actors = {name: options for name, options in groups.items() if isinstance(options, ActorOptions) and options.count}
+    return max(options.envs // (options.groups if name in asking else 1) for name, options in actors.items())
 
 
 def _meet(node: NodePlan, peer: NodePlan) -> bool:

@@ -1,7 +1,9 @@
 """What the ports that a node holds make of it, and which of them make a system together.
 
     actor         with `weights` it has a policy of its own; with `act` it asks an inference node for its actions
-    learner       applies its gradients itself; with `gradients` it has a parameter server apply them
+    learner       trains on `trajectories` as they come, or on `samples` that replay nodes draw
+                  applies its gradients itself; with `gradients` it has parameter servers apply them
+    replay        keeps trajectories, draws samples of them
     inference     assembles trajectories itself where it holds that port, else its actors do
     evaluator     plays a learner's `weights`, or a parameter server's `parameters`
 
@@ -19,7 +21,8 @@ from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 NEEDS: Mapping[str, Mapping[tuple[str, ...], str]] = {
     "actor": {("weights", "act"): "it plays by weights of its own, or asks an inference node"},
-    "learner": {("trajectories",): "it trains on them"},
+    "learner": {("samples", "trajectories"): "it trains on what replay nodes draw, or on unrolls as they come"},
+    "replay": {("trajectories",): "it keeps what they bring", ("samples",): "learners draw from it there"},
     "evaluator": {("weights", "parameters"): "it plays what a learner or a parameter server publishes"},
     "inference": {("act",): "actors ask it there", ("weights",): "it answers by them"},
     "param_server": {("gradients",): "it applies them"},
@@ -41,12 +44,15 @@ class Roles:
         for group, options in self.groups.items():
             for ports, why in NEEDS.get(options.kind, {}).items():
                 self._check_need(group, options.kind, ports, why)
+        self._check_replay()
         self._check_trajectories()
         self._check_env_groups()
         self._check_evaluators()
         self._check_learners()
+        self._check_servers()
         self._check_staleness()
         self._check_trainers()
+        self._check_outliers()
 
     def _say(self, path: tuple[str, ...], message: str) -> None:
         self.problems.add(self.root.find(path), dotted(path), message)
@@ -66,12 +72,29 @@ class Roles:
         elif len(held) > 1:
             self._say(ends[-1], f"{group} holds {' and '.join(held)}, expected one of them: {why}")
 
+    def _check_replay(self) -> None:
+        """Whether a rule replays is its nature, and no matter of wiring."""
+        drawn = "samples" in self.links
+        if drawn and not self.algorithm.replayed:
+            message = "it learns from what its newest policies played, and samples are of old ones"
+            fix = "send links.trajectories to learner and leave links.samples out, or use a rule such as dqn"
+            self._say(("algo", "name"), f"{message}; {fix}")
+        elif self.algorithm.replayed and not drawn:
+            message = "it learns from samples, which replay nodes draw for it"
+            fix = "add a group replay to nodes, name it in links.trajectories.to, and add links.samples"
+            self._say(("algo", "name"), f"{message}; {fix}")
+
     def _check_trajectories(self) -> None:
         """An unroll is assembled once: by an actor, or by the inference node that every actor then asks."""
         link = self.links.get("trajectories")
         if link and len(kinds := {self.groups[name].kind for name in link.sources}) > 1:
             message = f"{' and '.join(sorted(kinds))} nodes would both send what the same environments play"
             self._say(("links", "trajectories", "from"), f"{message}; name one of them")
+        if link and "samples" in self.links:
+            if link.max_lag is not None:
+                message = f"got {link.max_lag}, but what is replayed grows older than any bound; leave it out"
+                self._say(("links", "trajectories", "max_lag"), message)
+            return
         if link and "act" in self.links and link.max_lag == 0:
             message = "got 0, but with act the weights may change within an unroll; leave it out"
             self._say(("links", "trajectories", "max_lag"), message)
@@ -117,14 +140,38 @@ class Roles:
                 why = "an update of this rule is several gradients, one after the other"
             elif "gradients" in self.links:
                 why = "a worker computes one gradient at a time; raise the count of workers"
+            elif "samples" in self.links:
+                why = "what is drawn next follows from the errors of what was trained on before"
             elif (link := self.links.get("trajectories")) and link.max_lag is not None:
                 why = "with max_lag each update must know how far the parameters will be; leave that out"
             else:
                 continue
             self._say(("nodes", group, "trainers"), f"got {came(options.trainers)}, expected 1: {why}")
 
+    def _check_outliers(self) -> None:
+        """Only a gradient that is sent away can be left out."""
+        for group, options in self.groups.items():
+            if isinstance(options, LearnerOptions) and options.outliers is not None and "gradients" not in self.links:
+                message = (
+                    f"got {options.outliers:g}, but only with gradients a learner leaves batches out; leave it out"
+                )
+                self._say(("nodes", group, "outliers"), message)
+
+    def _check_servers(self) -> None:
+        """Of several parameter servers each holds a part: who meets only the one in its bundle lacks the others'."""
+        for group in dict.fromkeys([*self._at("gradients"), *self._at("parameters")]):
+            options = self.groups[group]
+            beside = [name for name, other in self.groups.items() if other.bundle == options.bundle and name != group]
+            if options.kind == "param_server" and options.count > 1 and options.bundle and beside:
+                message = f"got {came(options.bundle)}, where {beside[0]} would meet one of {options.count}"
+                fix = "each holds a part of the parameters; leave it out, or have one server"
+                self._say(("nodes", group, "bundle"), f"{message}: {fix}")
+
     def _check_learners(self) -> None:
-        """Several share what they learn through a parameter server, and each has actors of its own."""
+        """Several share what they learn through parameter servers, and each has actors of its own.
+
+        Replay nodes may be anybody's: what they hold fits any learner.
+        """
         if "gradients" in self.links and not self.algorithm.one_pass:
             message = "its updates are several gradients each, which no parameter server can apply as one"
             self._say(("algo", "name"), f"{message}; leave links.gradients out, or use a rule such as a2c")
@@ -135,10 +182,12 @@ class Roles:
             self._say(("nodes", learners[-1], "count"), f"{count} nodes of kind learner, expected 1: {why}")
         elif count > 1:
             bundle = self.groups[learners[0]].bundle
-            for group in dict.fromkeys([*learners, *self._at("trajectories"), *self._at("weights")]):
+            played = () if "samples" in self.links else self._at("trajectories")
+            for group in dict.fromkeys([*learners, *played, *self._at("weights")]):
                 options = self.groups[group]
                 if options.kind != "evaluator" and (options.bundle is None or options.bundle != bundle):
                     message = f"got {came(options.bundle)}, but each of {count} learners plays with actors of its own"
-                    fix = f"give {learners[0]} and all at its ends of trajectories and weights one bundle"
+                    ends = "trajectories and weights" if played else "weights"
+                    fix = f"give {learners[0]} and all at its ends of {ends} one bundle"
                     self._say(("nodes", group, "bundle"), f"{message}: {fix}")
                     return

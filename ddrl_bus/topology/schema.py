@@ -357,8 +357,13 @@ class AlgorithmEntry:
     wiring: Mapping[str, Mapping[str, object]]
     one_pass: bool = True
     """An update is one gradient, so that somebody else can apply it."""
-    replayed: bool = False
-    """It learns from what a replay node draws, not from unrolls as they come."""
+    windows: Callable[[Any], Any] = lambda config: None
+    """Of its Config: how an unroll is replayed, as `algos.base.Windows`; None for a rule that does not replay."""
+
+    @property
+    def replayed(self) -> bool:
+        """It learns from what a replay node draws, not from unrolls as they come."""
+        return "samples" in self.wiring
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,12 @@ def text(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
+USED_WITH = {"groups": "act", "prefetch": "samples"}
+"""Option → the port without which it means nothing."""
+
+
 def _options(plan: Plan, node: NodePlan) -> str:
-    unused = {"groups"} if node.kind == "actor" and "act" not in plan.ports(node.name) else set()
+    unused = {option for option, port in USED_WITH.items() if port not in plan.ports(node.name)}
     own = node.options.model_dump(exclude_none=True, exclude=unused | NodeOptions.model_fields.keys())
     own |= {"process": node.process} if node.bundle else {}
     return "  ".join(f"{key}={value}" for key, value in own.items())

@@ -84,7 +84,6 @@ _HEAD_ROOM: Final = 512
 _ZEROED: Final = 16 << 10
 _COMPRESS_FROM: Final = 16 << 10
 _PLAIN, _LZ4 = 0, 1
-_ZEROS: Final = bytes(ALIGN)
 _LZ4_RATIO: Final = 255
 """A byte of an LZ4 block stands for so many at most."""
 _HEADER_TYPES: Final = (str, str, int, int, int, dict, bytes)
@@ -136,6 +135,8 @@ class Layout:
         self.size = 0
         for name, (dtype_name, shape) in specs.items():
             self._place(name, dtype_name, shape)
+        self.gaps = [bytes(-p.nbytes % ALIGN) for p in self.placed]
+        """Zeros between the end of each array and the start of the next."""
         self.packed_specs = _packed_specs(self.placed)
         _parsed_specs(self.packed_specs)  # what a receiver would refuse is refused here
         frames = sum(p.nbytes for p in self.placed if p.dtype in (np.uint8, np.bool_))
@@ -273,11 +274,10 @@ def encode(
     """A frame from values at hand; arrays are copied."""
     arrays = arrays or {}
     layout = _layout_of(kind, arrays)
-    if layout.size > SMALL_FRAME:
-        return Arena.of(kind, arrays).encode(node, epoch, seq, fields, lane)
-    parts = [_head(layout, node, epoch, seq, fields, lane)]  # an arena costs more than copying so few bytes twice
-    for p, array in zip(layout.placed, arrays.values(), strict=True):
-        parts += (array if array.dtype is p.dtype else array.astype(p.dtype)).tobytes(), _ZEROS[: -p.nbytes % ALIGN]
+    parts: list[Buffer] = [_head(layout, node, epoch, seq, fields, lane)]
+    for p, gap, array in zip(layout.placed, layout.gaps, arrays.values(), strict=True):
+        small = p.nbytes <= SMALL_FRAME and array.dtype is p.dtype  # copied twice sooner than viewed
+        parts += array.tobytes() if small else np.ascontiguousarray(array, p.dtype).data, gap
     return memoryview(b"".join(parts))
 
 

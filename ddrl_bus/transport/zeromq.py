@@ -37,7 +37,8 @@ ASK_FIRST: Final = 2
 costs as much as five questions. After so many there is a backlog."""
 DRAIN_MESSAGES: Final = 256
 DRAIN_BYTES: Final = 1 << 20
-"""Both bound one turn of the pump; more bytes at once would only make libzmq fault in memory for the next ones."""
+"""Both bound one turn of the pump; more bytes at once would only make libzmq fault in memory for the next ones. A
+DEALER takes one message a turn: whoever awaits it goes on before the socket is asked for another."""
 
 OPTIONS: Final[dict[int, int]] = {
     zmq.LINGER: 500,  # ms; delivery is by acknowledgement, this only lets a last credit or reply out
@@ -111,15 +112,18 @@ class ZmqSocket:
         self.raw = context.socket(_TYPES[kind])
         for option, value in (OPTIONS | KIND_OPTIONS.get(kind, {})).items():
             self.raw.setsockopt(option, value)
+        # pyzmq's own override looks for options that are never passed here, which takes as long as sending.
+        self._send: Callable[..., object] = super(zmq.Socket, self.raw).send
         self._on_message = on_message
         self._when_writable: list[Callable[[], None]] = []
         self._corks = kind is SocketKind.PUSH
+        self._at_once = 1 if kind is SocketKind.DEALER else DRAIN_MESSAGES
         self._cork: list[Buffer] = []
         self._pump_due = False
         self._locks: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._fd = int(self.raw.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._pump)
+        self._loop.add_reader(self._fd, self._pump, 1)
         self._pump_soon()
 
     def bind(self, address: str) -> None:
@@ -158,11 +162,11 @@ class ZmqSocket:
         return True
 
     def _send_now(self, parts: Sequence[Buffer]) -> bool:
-        raw, last = self.raw, parts[-1]
+        send, last = self._send, parts[-1]
         try:
             for part in parts[:-1]:
-                raw.send(part, _MORE)
-            raw.send(last, _NOBLOCK, copy=len(last) < COPY_BELOW)
+                send(part, _MORE)
+            send(last, _NOBLOCK, copy=len(last) < COPY_BELOW)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -197,23 +201,24 @@ class ZmqSocket:
             self._pump_due = True
             self._loop.call_soon(self._pump)
 
-    def _pump(self) -> None:
+    def _pump(self, told: int = 0) -> None:
+        """`told`: the messages that the descriptor speaks of, for which the socket need not be asked."""
         self._pump_due = False
         if self._cork and not self.raw.closed:
             self._uncork()
         if self._on_message is not None:
-            self._drain(self._on_message)
+            self._drain(self._on_message, told)
         if self._when_writable and not self.raw.closed and int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
             waiting, self._when_writable = self._when_writable, []
             for callback in waiting:
                 callback()
 
-    def _drain(self, on_message: OnMessage) -> None:
+    def _drain(self, on_message: OnMessage, told: int) -> None:
         recv, events, budget = self.raw.recv, self.raw.getsockopt, DRAIN_BYTES
-        for count in range(DRAIN_MESSAGES):
+        for count in range(self._at_once):
             if self.raw.closed:  # also by what a message made its receiver do
                 return
-            if count < ASK_FIRST and not int(events(_EVENTS)) & _POLLIN:
+            if told <= count < ASK_FIRST and not int(events(_EVENTS)) & _POLLIN:
                 return
             try:
                 frame = recv(_NOBLOCK, copy=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -15,19 +16,32 @@ import torch
 from numpy.typing import NDArray
 from rows import DISCRETE, SMALL, B, T, make_batch
 
-from ddrl_bus.algos import REGISTRY, Algorithm
+from ddrl_bus.algos import REGISTRY, Algorithm, Batch, memory
 from ddrl_bus.algos.config import AgentConfig, OptimizerName, PolicyGradientConfig
 from ddrl_bus.algos.impala import Impala, ImpalaConfig
-from ddrl_bus.algos.optim import RMSPropTF
+from ddrl_bus.algos.optim import RMSPropCentred, RMSPropTF
+from ddrl_bus.algos.policy_gradient import PolicyGradient
+from ddrl_bus.algos.q_learning import QLearningConfig
 from ddrl_bus.errors import RefusedFileError, UsageError
 
 RULES = sorted(REGISTRY)
 OPTIMIZERS = OptimizerName.__args__  # type: ignore[attr-defined]
 
 
+TARGETS: dict[str, dict[str, Any]] = {  # of a target network that is one update old when it is saved
+    "appo": {"target_every": 2, "kl_target": 1e-4},
+    "dqn": {"target_every": 2, "n_step": T},
+    "r2d2": {"target_every": 2, "unroll": T - 2, "burn_in": 2, "core_size": 4},
+}
+
+
 def make(rule: str = "impala", *, seed: int = 0, **changes: Any) -> Algorithm[Any]:
     cls = REGISTRY[rule]
-    return cls(cls.Config(**{**SMALL, **changes}), DISCRETE, seed=seed)
+    return cls(cls.Config(**{**SMALL, **TARGETS.get(rule, {}), **changes}), DISCRETE, seed=seed)
+
+
+def batch_of(learner: Algorithm[Any], seed: int = 0) -> Batch:
+    return dataclasses.replace(make_batch(seed), state=memory.initial(learner.config, DISCRETE, B))
 
 
 def config(**changes: Any) -> ImpalaConfig:
@@ -42,21 +56,33 @@ def same(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -
 # ── gradients that somebody else applies
 
 
-@pytest.mark.parametrize("rule", ["a2c", "impala"])
+@pytest.mark.parametrize("rule", ["a2c", "impala", "dqn"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_applying_a_gradient_elsewhere_is_a_step_bit_for_bit(rule: str, optimizer: str) -> None:
     settings = {"optimizer": optimizer, "anneal_steps": 1000, "max_grad_norm": 0.1}
     alone, server, worker = (make(rule, seed=seed, **settings) for seed in (0, 0, 9))
     for seed in range(4):
         report = alone.step(make_batch(seed))
-        worker.load(server.weights())
+        worker.load(server.weights(), server.updates)
         gradient, said = worker.gradients(make_batch(seed))
-        norm = server.apply(gradient, T * B)
-        if report:
-            assert report == {**said, "grad_norm": norm}
+        server.apply(gradient, T * B)
+        assert report in (said, {})
     assert same(alone.state(), server.state())
     assert (worker.updates, worker.env_steps) == (0, 0)
     assert not same(make(rule, **settings).weights(), server.weights())
+
+
+def test_gradients_come_clipped_and_are_applied_as_they_are() -> None:
+    """A server that holds a part of the parameters cannot know the norm of all."""
+    whole, _ = make().gradients(make_batch())
+    gradient, report = make(max_grad_norm=0.01).gradients(make_batch())
+    assert report["grad_norm"] == pytest.approx(np.sqrt(sum((g * g).sum() for g in whole.values())))
+    for name, array in gradient.items():
+        np.testing.assert_allclose(array, whole[name] * 0.01 / report["grad_norm"], rtol=1e-3)
+    server = make(optimizer="sgd", lr=1.0, max_grad_norm=0.01)
+    before = server.weights()
+    server.apply({"policy.bias": np.full(3, 5, np.float32)}, 1)
+    np.testing.assert_allclose(server.weights()["policy.bias"], before["policy.bias"] - 5)
 
 
 def test_a_gradient_that_does_not_fit_is_refused_and_changes_nothing() -> None:
@@ -100,7 +126,7 @@ def test_sgd_takes_gradients_in_any_order() -> None:
 # ── steps
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf"])
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centred", "adagrad"])
 @pytest.mark.parametrize("clip", [0.05, 40.0])
 def test_one_step_by_hand(optimizer: str, clip: float) -> None:
     """Gradient, global-norm clipping and the optimiser's first update, written out."""
@@ -120,6 +146,8 @@ def test_one_step_by_hand(optimizer: str, clip: float) -> None:
             "adam": g / (g.abs() + eps),
             "rmsprop": g / (torch.sqrt((1 - decay) * g * g) + eps),
             "rmsprop_tf": g / torch.sqrt(decay + (1 - decay) * g * g + eps),
+            "rmsprop_centred": g / torch.sqrt(decay * (1 - decay) * g * g + eps),
+            "adagrad": g / (g.abs() + eps),
         }[optimizer]
         torch.testing.assert_close(p.detach(), old - lr * update, rtol=1e-4, atol=1e-7)
 
@@ -137,6 +165,34 @@ def test_rmsprop_tf_over_several_steps_with_a_parameter_left_out() -> None:
     assert unused.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_rmsprop_centred_over_several_steps() -> None:
+    """The second parameter's gradient is constant, so that its variance tends to 0, from where rounding must not take
+    it below."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = RMSPropCentred([p], lr=0.1, alpha=0.9, eps=1e-9)
+    theta, m, s = np.ones(2), np.zeros(2), np.zeros(2)
+    for step in range(400):
+        g = np.array([np.sin(step), 300.0])
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        optimizer.step()
+        m, s = 0.9 * m + 0.1 * g, 0.9 * s + 0.1 * g * g
+        theta = theta - 0.1 * g / np.sqrt(s - m * m + 1e-9)
+        if step in (0, 4, 40):
+            expected = theta if step < 40 else theta[:1]
+            np.testing.assert_allclose(p.detach().numpy()[: len(expected)], expected, rtol=1e-4)
+    assert p.isfinite().all()
+
+
+def test_adagrad_over_several_steps() -> None:
+    learner = make(optimizer="adagrad", lr=0.1, eps=1e-6)
+    theta, s = learner.weights()["policy.bias"].astype(float), np.zeros(3)
+    for g in np.array([[1.0, -2.0, 0.5], [0.5, 0.5, -3.0]], np.float32):
+        learner.apply({"policy.bias": g}, 1)
+        s += g.astype(float) ** 2
+        theta = theta - 0.1 * g / (np.sqrt(s) + 1e-6)
+    np.testing.assert_allclose(learner.weights()["policy.bias"], theta, rtol=1e-5)
+
+
 def test_adam_without_momentum() -> None:
     """SEED RL's: the first two updates with β1 = 0, written out."""
     learner = make(optimizer="adam", adam_beta1=0, lr=0.01, eps=3.125e-7)
@@ -152,9 +208,11 @@ def test_adam_without_momentum() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_reports_come_every_tenth_update(rule: str) -> None:
     learner = make(rule)
-    reports = [learner.step(make_batch(seed)) for seed in range(11)]
+    reports = [learner.step(batch_of(learner, seed)) for seed in range(11)]
     assert [bool(report) for report in reports] == [True] + [False] * 9 + [True]
-    assert {"loss", "grad_norm", "policy_loss", "value_loss", "entropy", "value", "rho"} <= reports[0].keys()
+    policy = {"policy_loss", "value_loss", "entropy", "value", "rho"}
+    said = policy if issubclass(REGISTRY[rule], PolicyGradient) else {"q", "target", "td_error"}
+    assert {"loss", "grad_norm"} | said <= reports[0].keys()
     assert all(np.isfinite(value) for value in reports[10].values())
 
 
@@ -177,25 +235,23 @@ def test_learning_rate_falls_linearly_over_trained_env_steps() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_learner_takes_the_same_step_bit_for_bit(rule: str, optimizer: str) -> None:
     settings: dict[str, Any] = {"optimizer": optimizer, "anneal_steps": 1000}
-    if rule == "appo":
-        settings |= {"target_every": 2, "kl_target": 1e-4}  # the target network is one update old when it is saved
     straight, resumed = make(rule, seed=0, **settings), make(rule, seed=9, **settings)
     for seed in range(3):
-        straight.step(make_batch(seed))
+        straight.step(batch_of(straight, seed))
     state = {name: array.copy() for name, array in straight.state().items()}
     for array in state.values():
         array.setflags(write=False)  # as a checkpoint hands them out
     resumed.load_state(state)
     for seed in range(3, 6):
-        straight.step(make_batch(seed))
-        resumed.step(make_batch(seed))
+        straight.step(batch_of(straight, seed))
+        resumed.step(batch_of(straight, seed))
     assert same(straight.state(), resumed.state())
     assert straight.updates == resumed.updates == 6
     assert not same(state, straight.state())
 
 
 def test_a_state_of_two_networks_holds_both() -> None:
-    learner = make("appo", target_every=2)
+    learner = make("appo")
     for seed in range(2):
         learner.step(make_batch(seed))
     state = learner.state()
@@ -283,7 +339,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert Impala(config(), DISCRETE, seed=0, device="auto").device.type == "cpu"
 
 
-@pytest.mark.parametrize("cls", [AgentConfig, PolicyGradientConfig, *(REGISTRY[rule].Config for rule in RULES)])
+@pytest.mark.parametrize(
+    "cls", [AgentConfig, PolicyGradientConfig, QLearningConfig, *(REGISTRY[rule].Config for rule in RULES)]
+)
 def test_every_setting_says_what_it_is(cls: type) -> None:
     """The topology's help is made of these docstrings."""
     tree = ast.parse(inspect.getsource(cls)).body[0]

@@ -59,6 +59,18 @@ def slow_stack(batch: Batch, stack: int) -> list[Any]:
     return [rows[i] for i in sorted(rows)] + [finals[i] for i in batch.final_index]
 
 
+@pytest.mark.parametrize("ends", [0.0, 0.4, 1.0])
+def test_successors_are_the_next_rows_or_the_final_observations(ends: float) -> None:
+    batch = make_batch(Spaces((3,), "float32", "discrete", 2), ends)
+    rows = torch.cat([torch.tensor(batch.obs).flatten(0, 1), torch.tensor(batch.final_obs)])
+    found = rows[inputs.successors(batch.to("cpu"))]
+    for t in range(T):
+        for b in range(B):
+            at = list(batch.final_index).index(t * B + b) if batch.truncated[t, b] else None
+            expected = batch.obs[t + 1, b] if at is None else batch.final_obs[at]
+            assert np.array_equal(found[t, b], expected)
+
+
 @pytest.mark.parametrize("ends", [0.0, 0.2, 0.7, 1.0])
 @pytest.mark.parametrize("stack", [2, 4, 12])
 @pytest.mark.parametrize(

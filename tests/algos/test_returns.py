@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddrl_bus.algos import returns
 
@@ -60,6 +63,23 @@ def slow_n_step(r: list, v: list, nv: list, term: list, trunc: list, *, n: int) 
     return out
 
 
+def n_step(rows: Rows, n: int) -> torch.Tensor:
+    result: torch.Tensor = returns.n_step_returns(rows.reward, *rows[2:], gamma=GAMMA, n=n)
+    return result
+
+
+def slow_rescale(x: float) -> float:
+    return math.copysign(math.sqrt(abs(x) + 1) - 1, x) + 1e-3 * x
+
+
+def slow_unrescale(y: float) -> float:
+    low, high = 0.0, 1000 * abs(y) + 1
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slow_rescale(middle) < abs(y) else (low, middle)
+    return math.copysign(low, y)
+
+
 def slow_vtrace(
     r: list, v: list, nv: list, term: list, trunc: list, *, ratio: list, lam: float, rho_bar: float, c_bar: float
 ) -> tuple[list[float], list[float]]:
@@ -85,9 +105,35 @@ def slow_vtrace(
 
 @pytest.mark.parametrize("n", [1, 2, 3, T, T + 3])
 def test_n_step_returns_equal_their_sum(rows: Rows, n: int) -> None:
-    result = returns.n_step_returns(*rows, gamma=GAMMA, n=n)
+    result = n_step(rows, n)
     for b, column in columns(rows):
         assert result[:, b].tolist() == pytest.approx(slow_n_step(*column, n=n))
+
+
+def test_rescaled_returns_discount_in_plain_units(rows: Rows) -> None:
+    """R2D2's y = h(Σ γ^k r + γ^m h⁻¹(Q)), from the definitions of h and, by bisection, of h⁻¹."""
+    result = returns.n_step_returns(rows.reward, *rows[2:], gamma=GAMMA, n=3, rescaled=True)
+    for b, (r, v, nv, term, trunc) in columns(rows):
+        plain = slow_n_step(r, v, [slow_unrescale(q) for q in nv], term, trunc, n=3)
+        assert result[:, b].tolist() == pytest.approx([slow_rescale(x) for x in plain], abs=1e-9)
+
+
+@given(st.floats(-1e6, 1e6))
+def test_rescaling_equals_its_definition_and_is_undone(x: float) -> None:
+    scaled = returns.rescale(np.array([x]))
+    assert scaled[0] == pytest.approx(slow_rescale(x), rel=1e-9, abs=1e-12)
+    assert returns.unrescale(scaled)[0] == pytest.approx(x, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("library", [np.float32, torch.tensor])
+def test_rescaling_keeps_the_digits_of_float32(library: Any) -> None:
+    """The inverse as it is usually written is wrong by 1e-4 near 0."""
+    x = np.concatenate([-np.logspace(-6, 5, 500), np.zeros(1), np.logspace(-6, 5, 500)]).astype(np.float32)
+    exact = np.array([slow_rescale(float(each)) for each in x])
+    scaled = returns.rescale(library(x))
+    assert str(scaled.dtype).endswith("float32")
+    np.testing.assert_allclose(scaled, exact, rtol=1e-6)
+    np.testing.assert_allclose(returns.unrescale(library(x)), [slow_unrescale(float(y)) for y in x], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("lam", "rho_bar", "c_bar"), [(1.0, 1.0, 1.0), (0.7, 1.0, 1.0), (0.95, 2.0, 1.3)])
@@ -104,7 +150,7 @@ def test_vtrace_equals_equation_1(rows: Rows, ratio: torch.Tensor, lam: float, r
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_gae_is_a_mixture_of_n_step_advantages(rows: Rows, lam: float) -> None:
     """Eq. 16: (1-λ) Σ_n λ^{n-1} A^{(n)}, the last term taking all that is left; short segments repeat the last one."""
-    advantage = [returns.n_step_returns(*rows, gamma=GAMMA, n=n) - rows.value for n in range(1, T + 1)]
+    advantage = [n_step(rows, n) - rows.value for n in range(1, T + 1)]
     mixture = sum((1 - lam) * lam**k * a for k, a in enumerate(advantage[:-1])) + lam ** (T - 1) * advantage[-1]
     result = returns.gae(*rows, gamma=GAMMA, lam=lam)
     torch.testing.assert_close(result, mixture)
@@ -112,7 +158,7 @@ def test_gae_is_a_mixture_of_n_step_advantages(rows: Rows, lam: float) -> None:
 
 def test_on_policy_vtrace_is_the_full_return(rows: Rows) -> None:
     on_policy = returns.vtrace(torch.ones_like(rows.reward), *rows, gamma=GAMMA)
-    full = returns.n_step_returns(*rows, gamma=GAMMA, n=T)
+    full = n_step(rows, T)
     torch.testing.assert_close(on_policy.target, full)
     torch.testing.assert_close(on_policy.advantage, full - rows.value)
 
@@ -123,8 +169,7 @@ def test_vtrace_with_impossible_actions_keeps_the_values(rows: Rows) -> None:
 
 
 def test_gae_ends_of_lambda(rows: Rows) -> None:
-    full = returns.n_step_returns(*rows, gamma=GAMMA, n=T)
-    one_step = returns.n_step_returns(*rows, gamma=GAMMA, n=1)
+    full, one_step = n_step(rows, T), n_step(rows, 1)
     torch.testing.assert_close(returns.gae(*rows, gamma=GAMMA, lam=1.0), full - rows.value)
     torch.testing.assert_close(returns.gae(*rows, gamma=GAMMA, lam=0.0), one_step - rows.value)
 
@@ -143,7 +188,7 @@ def test_targets_carry_no_gradient(rows: Rows, ratio: torch.Tensor) -> None:
     rest = (value, rows.next_value, rows.terminated, rows.truncated)
     results = [
         returns.gae(rows.reward, *rest, gamma=GAMMA, lam=0.9),
-        returns.n_step_returns(rows.reward, *rest, gamma=GAMMA, n=2),
+        returns.n_step_returns(rows.reward, value, *rest[2:], gamma=GAMMA, n=2, rescaled=True),
         *returns.vtrace(ratio.clone().requires_grad_(), rows.reward, *rest, gamma=GAMMA),
     ]
     assert not any(x.requires_grad for x in results)
@@ -152,7 +197,7 @@ def test_targets_carry_no_gradient(rows: Rows, ratio: torch.Tensor) -> None:
 def test_inputs_are_left_alone(rows: Rows, ratio: torch.Tensor) -> None:
     before = [x.clone() for x in (*rows, ratio)]
     returns.gae(*rows, gamma=GAMMA, lam=0.9)
-    returns.n_step_returns(*rows, gamma=GAMMA, n=3)
+    n_step(rows, 3)
     returns.vtrace(ratio, *rows, gamma=GAMMA)
     assert all(torch.equal(a, b) for a, b in zip(before, (*rows, ratio), strict=True))
 
@@ -171,12 +216,15 @@ def test_float32_on_numpy_views_equals_torch_operations(rows: Rows, ratio: torch
         returns.gae.__wrapped__(*single[1:], rows.terminated, rows.truncated, gamma=GAMMA, lam=0.9),  # type: ignore[attr-defined]
     )
     assert gae.dtype == torch.float32
-
-
-def test_next_values_puts_final_values_at_truncated_rows() -> None:
-    value = torch.arange(8.0).view(4, 2)
-    result = returns.next_values(value, torch.tensor([50.0, 60.0]), torch.tensor([1, 4]))
-    assert result.tolist() == [[2.0, 50.0], [4.0, 5.0], [60.0, 7.0]]
+    for rescaled in (False, True):
+        arguments = (*(x.float() for x in (rows.reward, rows.next_value)), *rows[3:])
+        n_step = returns.n_step_returns(*arguments, gamma=GAMMA, n=3, rescaled=rescaled)
+        assert n_step.dtype == torch.float32
+        slow = returns.n_step_returns.__wrapped__(*arguments, gamma=GAMMA, n=3, rescaled=rescaled)  # type: ignore[attr-defined]
+        torch.testing.assert_close(n_step, slow)
+        arrays = returns.n_step_returns(*(x.numpy() for x in arguments), gamma=GAMMA, n=3, rescaled=rescaled)
+        assert isinstance(arrays, np.ndarray)
+        np.testing.assert_array_equal(arrays, n_step.numpy())
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.9])

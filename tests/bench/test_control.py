@@ -99,8 +99,8 @@ def test_gradients_that_are_not_late_are_steps() -> None:
     assert all(np.array_equal(array, expected[name]) for name, array in late.learner.state().items())
 
 
-@pytest.mark.parametrize("rule", sorted(REGISTRY))
-def test_every_rule_learns_a_bandit(rule: str) -> None:
+@pytest.mark.parametrize("rule", sorted(name for name, cls in REGISTRY.items() if not cls.windows(cls.Config())))
+def test_every_rule_of_fresh_unrolls_learns_a_bandit(rule: str) -> None:
     cls = REGISTRY[rule]
     settings = cls.Config(unroll=5, batch=16, hidden=(8,), lr=0.01)
     result = run_control(BANDIT, cls, settings, envs=8, steps=20_000, seed=0, lag=1, target=3.0, evaluate_every=800)

@@ -28,6 +28,12 @@ def test_a_near_name_is_proposed() -> None:
         find_topology("quickstat")
 
 
+@pytest.mark.parametrize("name", catalog().algorithms)
+def test_a_rule_is_wired_to_a_replay_if_it_replays(name: str) -> None:
+    entry = catalog().algorithms[name]
+    assert (entry.windows(entry.config()) is not None) == entry.replayed
+
+
 def test_catalog_has_every_algorithm_and_probes_when_asked() -> None:
     assert "trajectories" in catalog().algorithms["impala"].wiring
     assert catalog().probe_env is None

@@ -49,6 +49,12 @@ WORKERS = (
     "algo.optimizer=sgd",
 )
 """Overrides: two learners that have a parameter server apply their gradients, in whatever order they come."""
+REPLAY = (
+    *("algo.name=dqn", "algo.n_step=2", "algo.target_every=10", "algo.reward_scale=0.01"),
+    *("nodes.replay.kind=replay", "nodes.replay.capacity=400", "nodes.replay.min_size=20"),
+    *("links.trajectories.to=[replay]", "links.samples.kind=request"),
+)
+"""Overrides: a replay node between actors and the learner."""
 
 
 def make_plan(folder: Path, *overrides: str, in_process: bool = True) -> Plan:
@@ -231,6 +237,21 @@ def unroll_of(plan: Plan, envs: int, version: int = 0, *, learner_epoch: int = 0
     for name, value in {"version": version, **rows}.items():
         unroll.rows[name][...] = value
     return unroll.finish(), fields_of(Trajectory(learner_epoch, [], []))
+
+
+def replayed(
+    schema: UnrollSchema, envs: int = 4, first: int = 0, priority: float | Array = 1.0, **rows: Any
+) -> tuple[Arena, Any]:
+    """An unroll for a replay node, whose observations count from `first`, column by column; `rows` replaces arrays."""
+    unroll = Unroll(schema.layout(envs))
+    for array in unroll.rows.values():
+        array[...] = 0
+    obs = unroll.rows["obs"]
+    count = first + np.arange(obs.shape[0] * envs).reshape(envs, -1).T
+    obs[...] = count.reshape(*count.shape, *(1,) * (obs.ndim - 2))
+    for name, value in {"priority": priority, **rows}.items():
+        unroll.rows[name][...] = value
+    return unroll.finish(), fields_of(Trajectory(0, [], [], schema.overlap))
 
 
 def progress_of(plan: Plan, role: str, **change: Any) -> Progress:

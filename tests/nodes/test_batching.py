@@ -90,7 +90,7 @@ def test_the_climb_finds_the_best_number_and_stays_near(most: int, best: int) ->
         climb.measured(1000.0 - 100 * abs(climb.number - best))
     assert {*numbers} <= set(range(1, most + 1))
     assert all(abs(number - best) <= 1 for number in numbers[20:])
-    assert numbers[20:].count(best) >= 20 or most == 1
+    assert numbers[30:].count(best) >= 26  # trials that do not help become rare
 
 
 def test_a_climb_follows_a_change() -> None:

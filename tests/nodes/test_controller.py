@@ -20,7 +20,7 @@ from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Client
 
 NODES = {"actor-0": "actor", "actor-1": "actor", "learner-0": "learner", "evaluator-0": "evaluator"}
-OTHERS = {"learner-1": "learner", "param_server-0": "param_server"}
+OTHERS = {"learner-1": "learner", "param_server-0": "param_server", "param_server-1": "param_server"}
 
 
 class Stage:
@@ -333,6 +333,19 @@ async def test_a_parameter_server_knows_how_far_the_run_is(on_stage: OnStage) ->
         await stage.beat("param_server-0", gauges={"updates": 7.0})
         assert (await stage.status())["updates"] == 7
         await stage.beat("param_server-0", done="steps")
+        await stage.said("drain", reason="steps")
+
+
+async def test_of_several_parameter_servers_the_furthest_says_how_far_the_run_is(on_stage: OnStage) -> None:
+    """Every gradient concerns each of them: their figures are not added up."""
+    async with on_stage(*WORKERS, "nodes.param_server.count=2") as stage:
+        await stage.beat("param_server-0", gauges={"updates": 7.0, "first_update_at": 1.0})
+        await stage.beat("param_server-1", gauges={"updates": 9.0})
+        assert (await stage.status())["updates"] == 9
+        await stage.beat("evaluator-0")
+        await stage.beat("param_server-1", done="steps")
+        asked = await stage.said("confirm", reason="steps")
+        await stage.evaluated(90.0, number=1, confirm=asked.confirm)
         await stage.said("drain", reason="steps")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,16 @@ from ddrl_bus.algos.acting import make_policy
 from ddrl_bus.checkpoint import Checkpoint
 from ddrl_bus.messages import Evaluation
 from ddrl_bus.nodes.evaluator import evaluate, play
+from ddrl_bus.nodes.shards import parts
 from ddrl_bus.transport.links import Publisher
 
 
 class Stage:
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, servers: Sequence[str] = ()) -> None:
         self.rig = rig
         self.controller: FakeController = rig.fake_controller()
         self.weights: Publisher = rig.publisher("learner-0", "weights")
+        self.servers = [rig.publisher(name, "parameters") for name in servers]
         self.evaluator: Living = rig.start("evaluator-0")
 
     async def evaluation(self, number: int) -> Evaluation:
@@ -63,6 +66,37 @@ async def test_with_a_parameter_server_its_parameters_are_played(tmp_path: Path)
         await eventually(lambda: (said := controller.last("evaluator-0")) and said.evaluation)
         assert evaluator.node.evaluation.version == 7
         await evaluator.drained()
+
+
+async def test_of_several_parameter_servers_the_newest_parts_are_played_together(tmp_path: Path) -> None:
+    async with rig_of(tmp_path, *WORKERS, "nodes.param_server.count=2", "nodes.evaluator.every=0s") as rig:
+        stage = Stage(rig, ["param_server-0", "param_server-1"])
+        ours, others = ({name: leaning(0)[name] for name in names} for names in parts(net(), 2))
+        publish_weights(stage.servers[0], 7, ours, env_steps=280)
+        await asyncio.sleep(0.1)
+        assert stage.evaluator.node.played == 0  # half a network is none
+        publish_weights(stage.servers[1], 5, others, env_steps=200)
+        found = await stage.evaluation(1)
+        assert (found.version, found.env_steps) == (5, 200)
+        assert 8 <= found.mean_return <= 11
+        publish_weights(stage.servers[1], 8, others)
+        assert (await stage.evaluation(2)).version == 7  # the other one's is the newest there is
+        await stage.evaluator.drained()
+
+
+async def test_a_confirmation_waits_for_every_part(tmp_path: Path) -> None:
+    async with rig_of(tmp_path, *WORKERS, "nodes.param_server.count=2", "nodes.evaluator.every=1h") as rig:
+        stage = Stage(rig, ["param_server-0", "param_server-1"])
+        ours, others = ({name: leaning(0)[name] for name in names} for names in parts(net(), 2))
+        publish_weights(stage.servers[0], 1, ours)
+        publish_weights(stage.servers[1], 1, others)
+        publish_weights(stage.servers[1], 2, others, confirm=4)
+        await asyncio.sleep(0.1)
+        assert stage.evaluator.node.played == 0
+        publish_weights(stage.servers[0], 3, ours, confirm=4)
+        found = await stage.evaluation(1)
+        assert (found.confirm, found.version) == (4, 2)
+        await stage.evaluator.drained()
 
 
 async def test_new_weights_during_an_evaluation_change_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import epoch, make_plan
+from rig import REPLAY, epoch, make_plan
 
 from ddrl_bus import checkpoint
 from ddrl_bus.nodes.base import serve
@@ -77,3 +77,30 @@ async def test_a_second_life_goes_on_to_a_larger_budget(tmp_path: Path) -> None:
     assert (saved.step, result["updates"]) == (2000, 50)
     books = [read(page) for page in (tmp_path / "ledger").glob("*.page")]
     assert all(balance.closed for balance in audit(books).values())
+
+
+async def test_a_run_with_a_replay_goes_on_with_what_it_kept(tmp_path: Path) -> None:
+    """What was stored is what was sent, and nobody drew more than the ratio allows, over two lives of each node."""
+    ratio = "nodes.replay.samples_per_insert=1", "nodes.replay.slack=40", "nodes.replay.capacity=100_000"
+    shards = [tmp_path / f"checkpoints-replay-{n}" for n in (0, 1)]
+    kept = 0
+    for life, steps in enumerate((1000, 2000), 1):
+        words = *REPLAY, *ratio, "nodes.replay.count=2", f"stop.steps={steps}"
+        assert (await trained(tmp_path, *words, life=life))["reason"] == "steps"
+        learnt, *saved = (checkpoint.newest(folder) for folder in (tmp_path / "checkpoints", *shards))
+        assert learnt is not None
+        books = [read(page) for page in (tmp_path / "ledger").glob("*.page")]
+        (balance,) = audit(books).values()
+        assert balance.closed
+        assert balance.taken == sum(book.get("trajectories/stored", 0) for book in books)
+        items = 0
+        for shard in saved:
+            assert shard is not None
+            counts = shard.values["limiter"]
+            assert counts["inserts"] == int(shard.arrays["next_id"][0])
+            assert counts["samples"] <= counts["inserts"] - 20 + 40
+            items += counts["inserts"]
+        assert items == balance.taken * 5 * 4 > kept
+        assert steps <= learnt.step <= sum(shard.values["env_steps"] for shard in saved if shard is not None)
+        assert sum(book.get("samples/trained", 0) for book in books) == learnt.values["updates"] * 8
+        kept = items

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -10,14 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import FakeController, Living, Rig, eventually, rig_of, unroll_of
+from rig import PATIENCE_S, FakeController, Living, Rig, eventually, rig_of, unroll_of
 
 from ddrl_bus import checkpoint
 from ddrl_bus.algos.base import Batch
+from ddrl_bus.algos.impala import Impala
 from ddrl_bus.errors import RefusedFileError
 from ddrl_bus.messages import Weights, parse
+from ddrl_bus.nodes import tuning
 from ddrl_bus.transport.links import Sender, Subscriber
-from ddrl_bus.transport.wire import Arena
+from ddrl_bus.transport.wire import Arena, Array
 
 UNROLL, BATCH = 5, 8
 ROWS = UNROLL * BATCH
@@ -77,9 +82,9 @@ def batches_of(stage: Stage) -> list[Batch]:
     seen: list[Batch] = []
     step = stage.algo.step
 
-    def spy(batch: Batch) -> dict[str, float]:
+    def spy(batch: Batch, env_steps: int) -> dict[str, float]:
         seen.append(batch)
-        report: dict[str, float] = step(batch)
+        report: dict[str, float] = step(batch, env_steps)
         return report
 
     stage.algo.step = spy
@@ -266,9 +271,11 @@ async def test_lock_step_goes_on_with_a_new_life(on_stage: OnStage) -> None:
 # ── budget, confirmation, drain ──────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("trainers", [1, 4])
 @pytest.mark.parametrize("steps", [3 * ROWS, 3 * ROWS - 1, 2 * ROWS + 1])
-async def test_the_budget_is_counted_in_trained_rows(on_stage: OnStage, steps: int) -> None:
-    async with on_stage(f"stop.steps={steps}", "links.trajectories.window=16") as stage:
+async def test_the_budget_is_counted_in_trained_rows(on_stage: OnStage, steps: int, trainers: int) -> None:
+    settings = (f"stop.steps={steps}", "links.trajectories.window=16", f"nodes.learner.trainers={trainers}")
+    async with on_stage(*settings, inline=trainers == 1) as stage:
         for _ in range(6):
             await stage.send()
         await eventually(lambda: (said := stage.controller.last("learner-0")) and said.done == "steps")
@@ -368,3 +375,131 @@ async def test_a_disk_that_takes_nothing_does_not_end_training(on_stage: OnStage
         await stage.learner.drained()
         assert stage.learner.node.state == "stopped"
     assert "checkpoint not written" in caplog.text
+
+
+# ── several trainers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def gradients_of(monkeypatch: pytest.MonkeyPatch, first: Callable[[], Any] = lambda: None) -> list[dict[str, Array]]:
+    """Fills with the parameters of each gradient that is computed, after `first` has returned."""
+    seen: list[dict[str, Array]] = []
+    gradients = Impala.gradients
+
+    def spy(self: Impala, batch: Batch) -> Any:
+        first()
+        seen.append(self.weights())
+        return gradients(self, batch)
+
+    monkeypatch.setattr(Impala, "gradients", spy)
+    return seen
+
+
+def versions_of(stage: Stage) -> list[dict[str, Array]]:
+    """The parameters now, and after each update from now on, which takes long enough to be looked into."""
+    versions = [stage.algo.weights()]
+    bias, descend = stage.algo.net.policy.bias.data, stage.algo.optimizer.step
+
+    def slow() -> None:
+        bias.add_(1000.0)
+        time.sleep(0.005)
+        bias.sub_(1000.0)
+        descend()
+        versions.append(stage.algo.weights())
+
+    stage.algo.optimizer.step = slow
+    return versions
+
+
+def same(some: dict[str, Array], others: dict[str, Array]) -> bool:
+    return all(np.array_equal(array, others[name]) for name, array in some.items())
+
+
+async def test_as_many_gradients_at_a_time_as_trainers(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each makes an update, and the age of its rows is what it is when it changes the parameters."""
+    gradients_of(monkeypatch, threading.Barrier(3, timeout=PATIENCE_S).wait)
+    async with on_stage("nodes.learner.trainers=3", "links.trajectories.window=16", inline=False) as stage:
+        await stage.version(0)
+        for _ in range(12):
+            await stage.send()
+        await stage.updated(12)
+        await stage.learner.drained()
+        assert (stage.algo.updates, stage.algo.env_steps) == (12, 12 * ROWS)
+        assert stage.learner.count("trajectories/trained") == 12
+        assert [int(lag.min()) for lag in stage.learner.node.lags] == list(range(12))
+        assert stage.learner.node.gauge()["trainers"] == 3
+
+
+async def test_no_trainer_sees_half_an_update(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is published is whole, whichever thread is first: every second version, two updates late."""
+    seen = gradients_of(monkeypatch)
+    published: dict[int, dict[str, Array]] = {}
+    settings = ("nodes.learner.publish_every=2", "nodes.learner.delay=2", "links.trajectories.window=16")
+    async with on_stage("nodes.learner.trainers=3", *settings, inline=False) as stage:
+        first = await stage.version(0)
+        versions = versions_of(stage)
+        for n in range(30):
+            await stage.send(reward=n)
+            if message := stage.weights.latest():
+                published[parse(Weights, message).updates] = dict(message.arrays)
+        await stage.updated(30)
+        last = await stage.version(28)
+        await stage.learner.drained()
+    assert (first.updates, last.updates, len(seen), len(versions)) == (0, 28, 30, 31)
+    assert all(any(same(parameters, version) for version in versions) for parameters in seen)
+    assert list(published) == sorted(published)
+    for updates, arrays in published.items():
+        assert updates % 2 == 0
+        assert same(arrays, versions[updates])
+
+
+async def test_a_trainer_that_was_overtaken_publishes_nothing_older(
+    on_stage: OnStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overtaken, number = threading.Event(), itertools.count()
+    gradients_of(monkeypatch, lambda: next(number) or overtaken.wait(PATIENCE_S))
+    async with on_stage("nodes.learner.trainers=2", inline=False) as stage:
+        await stage.version(0)
+        for _ in range(2):
+            await stage.send()
+        await stage.updated(1)
+        overtaken.set()
+        await eventually(lambda: stage.learner.count("trajectories/trained") == 2)
+        assert (await stage.version(1)).updates == 2
+        await stage.learner.drained()
+        assert stage.weights.latest() is None
+
+
+@pytest.mark.parametrize("trainers", ["2", "auto"])
+async def test_in_turn_several_trainers_learn_what_one_learns(tmp_path: Path, trainers: str) -> None:
+    states = []
+    for number in (trainers, "1"):
+        (tmp_path / number).mkdir()
+        async with rig_of(tmp_path / number, f"nodes.learner.trainers={number}") as rig:
+            stage = Stage(rig, inline=False)
+            await stage.version(0)
+            for n in range(4):
+                await stage.send(reward=n)
+                await stage.updated(n + 1)
+            await stage.learner.drained()
+            states.append(stage.algo.state())
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name], name)
+
+
+async def test_the_number_of_trainers_is_tuned(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one to as many as there are cores, and each number has the slots that it needs."""
+    monkeypatch.setattr(tuning, "TUNE_S", 0.002)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    numbers: set[int] = set()
+    async with on_stage("nodes.learner.trainers=auto", "links.trajectories.window=16", inline=False) as stage:
+        await stage.version(0)
+        node, sent = stage.learner.node, 0
+        while numbers != {1, 2, 3} or sent < 100:
+            await stage.send()
+            sent += 1
+            going_round = node.free.qsize() + len(node.ready) + len(node.training) + 1  # one fills
+            assert node.in_use + 1 <= going_round <= node.in_use + 3  # one may be on its way out or in
+            numbers.add(node.in_use)
+        await stage.updated(sent)
+        await stage.learner.drained()
+        assert (stage.algo.env_steps, stage.learner.count("trajectories/trained")) == (sent * ROWS, sent)

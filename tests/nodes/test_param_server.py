@@ -13,10 +13,11 @@ import pytest
 from rig import PATIENCE_S, WORKERS, FakeController, Living, Rig, epoch, eventually, net, rig_of
 
 from ddrl_bus import checkpoint
-from ddrl_bus.errors import FencedError
+from ddrl_bus.errors import FencedError, UsageError
 from ddrl_bus.messages import PULL, Gradient, Parameters, Weights, fields_of, parse
 from ddrl_bus.nodes import param_server
 from ddrl_bus.nodes.param_server import Judged, ParamServer
+from ddrl_bus.nodes.shards import parts
 from ddrl_bus.transport.links import Client, Subscriber
 from ddrl_bus.transport.sessions import request
 from ddrl_bus.transport.wire import Array, Message
@@ -168,7 +169,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("schema", {"arrays": {"policy.bias": np.zeros(2, np.float64)}}),
     ("schema", {"arrays": {}}),
     ("stale", {"version": 0}),
-    ("fields", {"env_steps": 0}),
+    ("fields", {"env_steps": -1}),
     ("fields", {"env_steps": "many"}),
     ("fields", {"version": -1}),
 ]
@@ -328,6 +329,128 @@ async def test_it_resumes_where_it_left(on_stage: OnStage) -> None:
         assert await stage.verdict(3, version=5) == "applied"
         assert stage.server.node.gauge()["lag_max"] == 3
         await stage.server.drained()
+
+
+# ── several servers ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Shards:
+    """Several parameter servers and one worker; with one, the whole network is in it."""
+
+    def __init__(self, rig: Rig, count: int) -> None:
+        self.rig, self.count = rig, count
+        self.controller = rig.fake_controller()
+        self.names = [f"param_server-{n}" for n in range(count)]
+        self.parts = parts(net(), count)
+        self.servers = [rig.start(name) for name in self.names]
+        addresses = rig.plan.ports("learner-0")["gradients"].peers
+        bus = rig.bus("learner-0")
+        self.clients = [bus.client("gradients", addresses[name]) for name in self.names]
+
+    async def pull(self) -> dict[str, Array]:
+        """All parameters; each comes from one server."""
+        answers = [await client.request(PULL, timeout_s=PATIENCE_S) for client in self.clients]
+        for answer, part in zip(answers, self.parts, strict=True):
+            assert sorted(answer.arrays) == sorted(part)
+        return {name: array for answer in answers for name, array in answer.arrays.items()}
+
+    async def push(self, server: int, number: int, arrays: Mapping[str, Array], **fields: Any) -> Parameters:
+        """This server's part of the arrays."""
+        sent = fields_of(Gradient(**{"number": number, "version": 0, "env_steps": ROWS, **fields}))
+        part = {name: array for name, array in arrays.items() if name in self.parts[server]}
+        answer = await self.clients[server].request(Gradient.KIND, sent, part, timeout_s=PATIENCE_S)
+        return parse(Parameters, answer)
+
+    def saved(self, server: int) -> checkpoint.Checkpoint:
+        found = checkpoint.newest(self.rig.folder / f"checkpoints-{self.names[server]}")
+        assert found is not None
+        return found
+
+
+OnShards = Callable[..., AbstractAsyncContextManager[Shards]]
+
+
+@pytest.fixture
+def on_shards(tmp_path: Path) -> OnShards:
+    @asynccontextmanager
+    async def made(count: int, *overrides: str) -> AsyncIterator[Shards]:
+        (folder := tmp_path / str(count)).mkdir()
+        settings = (f"algo.lr={LR}", f"nodes.param_server.count={count}")
+        async with rig_of(folder, *WORKERS, *settings, *overrides) as rig:
+            yield Shards(rig, count)
+
+    return made
+
+
+def a_gradient(seed: int) -> dict[str, Array]:
+    random = np.random.default_rng(seed)
+    return {name: random.normal(size=array.shape).astype(np.float32) for name, array in net().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop_tf"])
+async def test_four_servers_come_to_what_one_comes_to(on_shards: OnShards, optimizer: str) -> None:
+    """Bit for bit, from the first parameters on."""
+    settings = (f"algo.optimizer={optimizer}", f"algo.anneal_steps={30 * ROWS}")
+    found = []
+    for count in (1, 4):
+        async with on_shards(count, *settings) as shards:
+            first = await shards.pull()
+            for number in range(1, 11):
+                for server in range(count):
+                    said = await shards.push(server, number, a_gradient(number))
+                    assert said == Parameters(number * ROWS, number, "applied")
+            found.append([first, await shards.pull()])
+            for server in shards.servers:
+                await server.drained()
+    (first_of_one, one), (first_of_four, four) = found
+    assert_equal(first_of_four, first_of_one)
+    assert_equal(four, one)
+    assert any((one[name] != first_of_one[name]).any() for name in one)
+
+
+async def test_shards_count_each_for_itself(on_shards: OnShards) -> None:
+    """Staleness too, by what each server's own count was."""
+    async with on_shards(2, "nodes.param_server.max_staleness=0") as shards:
+        first = await shards.pull()
+        assert (await shards.push(0, 1, a_gradient(1))).updates == 1
+        assert (await shards.push(0, 2, a_gradient(2))).verdict == "stale"
+        assert await shards.push(1, 2, a_gradient(2)) == Parameters(ROWS, 1, "applied")
+        assert (await shards.push(1, 2, a_gradient(2))).verdict == "duplicate"
+        assert await shards.push(0, 3, a_gradient(3), version=1) == Parameters(2 * ROWS, 2, "applied")
+        ours = [{name: a_gradient(n)[name] for name in shards.parts[server]} for server, n in ((0, 1), (1, 2), (0, 3))]
+        assert_equal(await shards.pull(), after(first, *ours))
+
+
+async def test_a_server_refuses_what_another_one_holds(on_shards: OnShards) -> None:
+    async with on_shards(2) as shards:
+        before = await shards.pull()
+        shards.parts[0] += shards.parts[1][:1]
+        assert (await shards.push(0, 1, a_gradient(1))).verdict == "schema"
+        shards.parts[0].pop()
+        assert_equal(await shards.pull(), before)
+
+
+async def test_a_shard_comes_back_with_its_own_version(on_shards: OnShards) -> None:
+    """From a folder of its own; what it knows of the worker is its own too."""
+    async with on_shards(2, "nodes.param_server.durable=true") as shards:
+        for number in (1, 2, 3):
+            await shards.push(0, number, a_gradient(number))
+        await shards.push(1, 1, a_gradient(1))
+        before = await shards.pull()
+        await shards.servers[0].drained()
+        assert [shards.saved(n).values["updates"] for n in (0, 1)] == [3, 1]
+        assert shards.saved(0).values["parameters"] == shards.parts[0]
+        shards.servers[0] = shards.rig.start("param_server-0", life=2)
+        assert_equal(await shards.pull(), before)
+        assert await shards.push(0, 3, a_gradient(3)) == Parameters(3 * ROWS, 3, "duplicate")
+        assert await shards.push(1, 2, a_gradient(2)) == Parameters(2 * ROWS, 2, "applied")
+
+
+async def test_more_servers_than_parameters(tmp_path: Path) -> None:
+    async with rig_of(tmp_path, *WORKERS, "nodes.param_server.count=7") as rig:
+        rig.fake_controller()
+        with pytest.raises(UsageError, match="7 parameter servers, expected 1 to 6"):
+            await rig.start("param_server-0").task
 
 
 # ── what it publishes, and when it ends ──────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""A catalog with one algorithm, wired as IMPALA is, and helpers to load a topology from text."""
+"""A catalog with two algorithms, wired as IMPALA and as Ape-X are, and helpers to load a topology from text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
+from ddrl_bus.algos.base import Windows
 from ddrl_bus.errors import Problem, TopologyError
 from ddrl_bus.topology import AlgorithmEntry, Catalog, Plan, load
 
@@ -38,7 +39,21 @@ WIRING: Mapping[str, Mapping[str, object]] = {
     "trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 2},
     "weights": {"kind": "latest", "from": "learner", "to": ["actor", "evaluator"]},
 }
-CATALOG = Catalog({"impala": AlgorithmEntry(Config, WIRING)})
+REPLAY_WIRING: Mapping[str, Mapping[str, object]] = {
+    "trajectories": {"kind": "queue", "from": "actor", "to": "replay", "window": 2},
+    "samples": {"kind": "request", "from": "learner", "to": "replay"},
+    "weights": {"kind": "latest", "from": "learner", "to": ["actor", "evaluator"]},
+}
+
+
+def windows(config: Config) -> Windows:
+    """Of three rows, one from each new row."""
+    return Windows(rows=config.unroll + 3, overlap=3, length=3, starts=config.unroll)
+
+
+CATALOG = Catalog(
+    {"impala": AlgorithmEntry(Config, WIRING), "dqn": AlgorithmEntry(Config, REPLAY_WIRING, windows=windows)}
+)
 
 HEAD = "name: t\nenv: {id: CartPole-v1}\nalgo: {name: impala}\n"
 NODES = "nodes: {actor: {count: 2, envs: 32}, learner: {}}\n"
@@ -58,6 +73,25 @@ GA3C = (
     + "links:\n  act: {}\n  trajectories: {from: actor}\n  weights: {to: [inference, evaluator]}\n"
 )
 SEED = GA3C.replace("{from: actor}", "{from: inference}")
+APEX = (
+    HEAD.replace("impala", "dqn")
+    + "nodes: {actor: {count: 2, envs: 8}, replay: {count: 2}, learner: {}}\n"
+    + "links:\n  trajectories: {from: actor, to: replay}\n  samples: {}\n  weights: {to: [actor, evaluator]}\n"
+)
+SEED_R2D2 = (
+    APEX.replace("replay: {count", "inference: {}, replay: {count")
+    .replace("from: actor,", "from: inference,")
+    .replace("[actor, ev", "[inference, ev")
+    + "  act: {}\n"
+)
+GORILA = (
+    APEX.replace("envs: 8}", "envs: 8, bundle: w}")
+    .replace("replay: {count: 2}", "replay: {count: 2, bundle: w}")
+    .replace("learner: {}", "learner: {count: 2, bundle: w, outliers: 3}, param_server: {count: 2}")
+    .replace("[actor, evaluator]", "actor")
+    + "  gradients: {}\n  parameters: {}\n"
+)
+GORILA_GLOBAL = GORILA.replace("replay: {count: 2, bundle: w}", "replay: {count: 3}")
 
 
 def load_text(tmp_path: Path, text: str | bytes, *overrides: str, **options: Any) -> Plan:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from ddrl_bus.errors import SecurityError, UsageError
 from ddrl_bus.topology import Plan
-from ddrl_bus.topology.schema import KINDS, SECTIONS, LinkSettings, Settings, field_names
+from ddrl_bus.topology.schema import KINDS, PORTS, SECTIONS, LinkSettings, Settings, field_names
 
-from .fakes import BASE, TOPOLOGIES, Config, load_text
+from .fakes import APEX, BASE, TOPOLOGIES, Config, load_text
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def hold(folder: Path, plan: Plan) -> None:
 
 
 keys = st.sampled_from(
-    [*field_names(Settings), *SECTIONS, *KINDS, *field_names(LinkSettings), *field_names(Config), "trajectories"]
+    [*field_names(Settings), *SECTIONS, *KINDS, *field_names(LinkSettings), *field_names(Config), *PORTS]
     + [name for options in KINDS.values() for name in field_names(options)]
-    + ["weights", "act", "gradients", "parameters", "control", "progress", "id", "kwargs", "local", "steps", "every"]
+    + ["control", "progress", "id", "kwargs", "local", "steps", "every"]
 ) | st.text(max_size=6)
 words = st.sampled_from(
     [
@@ -53,6 +53,7 @@ words = st.sampled_from(
         "evaluator",
         "inference",
         "param_server",
+        "replay",
         "queue",
         "latest",
         "local",
@@ -69,7 +70,7 @@ scalars = (
 trees = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=6), max_leaves=20
 )
-SEEDS = [BASE, *(path.read_text() for path in sorted(TOPOLOGIES.glob("*.yaml")))]
+SEEDS = [BASE, APEX, *(path.read_text() for path in sorted(TOPOLOGIES.glob("*.yaml")))]
 SEEDS = [text.replace("name: a2c,", "name: impala,").replace("name: a2c}", "name: impala}") for text in SEEDS]
 
 

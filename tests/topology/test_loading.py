@@ -11,10 +11,33 @@ import pydantic
 import pytest
 
 from ddrl_bus.topology import Catalog, load
-from ddrl_bus.topology.schema import ActorOptions, EvaluatorOptions, InferenceOptions, Size, split_address
+from ddrl_bus.topology.plan import most_columns
+from ddrl_bus.topology.schema import (
+    ActorOptions,
+    EvaluatorOptions,
+    InferenceOptions,
+    LearnerOptions,
+    ReplayOptions,
+    Size,
+    split_address,
+)
 from ddrl_bus.topology.tree import came, resolve
 
-from .fakes import BASE, CATALOG, GA3C, HEAD, SEED, WIRING, Config, load_text
+from .fakes import (
+    A3C,
+    APEX,
+    BASE,
+    CATALOG,
+    GA3C,
+    GORILA,
+    GORILA_GLOBAL,
+    HEAD,
+    SEED,
+    SEED_R2D2,
+    WIRING,
+    Config,
+    load_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +171,7 @@ def test_a_file_picks_its_links_among_the_ports(tmp_path: Path) -> None:
 
 def test_a_file_that_writes_its_links_takes_nothing_from_the_algorithms(tmp_path: Path) -> None:
     wiring = {"trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 1, "max_lag": 0}}
-    entry = dataclasses.replace(CATALOG.algorithms["impala"], wiring=WIRING | wiring)
+    entry = dataclasses.replace(CATALOG.algorithms["impala"], wiring={**WIRING, **wiring})
     catalog = Catalog({"impala": entry})
     assert load_text(tmp_path, BASE, catalog=catalog).links["trajectories"].max_lag == 0
     plan = load_text(tmp_path, GA3C, catalog=catalog)
@@ -169,9 +192,72 @@ def test_central_inference_fills_any_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [3, "auto"])
-def test_predictors_are_counted_or_found(value: Any, tmp_path: Path) -> None:
-    plan = load_text(tmp_path, GA3C, f"nodes.inference={{predictors: {value}, wait: 2ms}}")
+def test_predictors_and_trainers_are_counted_or_found(value: Any, tmp_path: Path) -> None:
+    nodes = (f"nodes.inference={{predictors: {value}, wait: 2ms}}", f"nodes.learner.trainers={value}")
+    plan = load_text(tmp_path, GA3C, *nodes)
     assert plan.groups["inference"] == InferenceOptions(predictors=value, wait=0.002, host=("local",))
+    assert plan.groups["learner"] == LearnerOptions(trainers=value, delay=0, host=("local",))
+
+
+# ── replay ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "trajectories", "weights"),
+    [
+        (APEX, ("actor",), ("actor", "evaluator")),
+        (SEED_R2D2, ("inference",), ("inference", "evaluator")),
+        (GORILA, ("actor",), ("actor",)),
+        (GORILA_GLOBAL, ("actor",), ("actor",)),
+    ],
+    ids=["apex", "seed_r2d2", "gorila", "gorila, global replay"],
+)
+def test_replay_stands_between_those_who_play_and_those_who_learn(
+    text: str, trajectories: tuple[str, ...], weights: tuple[str, ...], tmp_path: Path
+) -> None:
+    links = load_text(tmp_path, text).links
+    assert (links["trajectories"].sources, links["trajectories"].targets) == (trajectories, ("replay",))
+    assert (links["samples"].kind, links["samples"].sources, links["samples"].targets) == (
+        "request",
+        ("learner",),
+        ("replay",),
+    )
+    assert (links["weights"].sources, links["weights"].targets) == (("learner",), weights)
+
+
+def test_a_rule_that_replays_is_wired_to_a_replay(tmp_path: Path) -> None:
+    head, _, _ = APEX.partition("links:")
+    assert load_text(tmp_path, head) == load_text(tmp_path, APEX)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [(A3C.replace("param_server: {}", "param_server: {count: 4}"), 4), (GORILA, 2)]
+)
+def test_parameters_may_have_several_servers(text: str, count: int, tmp_path: Path) -> None:
+    plan = load_text(tmp_path, text)
+    servers = [f"param_server-{shard}" for shard in range(count)]
+    assert list(plan.ports("learner-1")["gradients"].peers) == servers
+    assert list(plan.ports("evaluator-0")["parameters"].peers) == servers
+
+
+def test_a_replay_keeps_a_ratio(tmp_path: Path) -> None:
+    change = (
+        "nodes.replay={count: 2, capacity: 50_000, min_size: 500, samples_per_insert: 8, slack: 672.0, save: false}"
+    )
+    plan = load_text(tmp_path, APEX, change)
+    assert plan.groups["replay"] == ReplayOptions(
+        count=2, capacity=50_000, min_size=500, samples_per_insert=8, slack=672, save=False, host=("local",)
+    )
+
+
+@pytest.mark.parametrize(("text", "columns"), [(APEX, 8), (SEED_R2D2, 4), (GORILA, 8)])
+def test_an_unroll_has_the_columns_of_an_actor_or_of_a_part_that_asks(text: str, columns: int, tmp_path: Path) -> None:
+    plan = load_text(tmp_path, text.replace("nodes: {", "nodes: {none: {kind: actor, envs: 64, count: 0}, "))
+    assert most_columns(plan.groups, plan.links) == columns
+
+
+def test_a_replay_fills_any_batch(tmp_path: Path) -> None:
+    assert load_text(tmp_path, APEX, "algo.batch=4096", "links.trajectories.window=1").algo.batch == 4096
 
 
 def test_a_queue_may_name_its_codec(tmp_path: Path) -> None:

@@ -11,7 +11,21 @@ import pytest
 from ddrl_bus.errors import EnvError, SecurityError, TopologyError, UsageError
 from ddrl_bus.topology import Catalog, EnvSettings, load
 
-from .fakes import A3C, BASE, CATALOG, GA3C, HEAD, NODES, SEED, load_text, problems
+from .fakes import (
+    A3C,
+    APEX,
+    BASE,
+    CATALOG,
+    GA3C,
+    GORILA,
+    GORILA_GLOBAL,
+    HEAD,
+    NODES,
+    SEED,
+    SEED_R2D2,
+    load_text,
+    problems,
+)
 
 LINKS = "links:\n  trajectories: {from: actor, to: learner}\n  weights: {to: [actor, evaluator]}\n"
 GRADIENTS = "  gradients: {from: learner, to: param_server}\n"
@@ -49,7 +63,7 @@ MISTAKES = {
     "no algo": ("‹name: t\nenv: {id: x}\n" + NODES, "algo", "missing"),
     "no nodes": ("‹" + HEAD, "nodes", "missing"),
     "no env id": ("name: t\nenv: ‹{}\nalgo: {name: impala}\n" + NODES, "env.id", "missing"),
-    "no algo name": ("name: t\nenv: {id: x}\nalgo: ‹{}\n" + NODES, "algo.name", "expected one of impala"),
+    "no algo name": ("name: t\nenv: {id: x}\nalgo: ‹{}\n" + NODES, "algo.name", "expected one of dqn, impala"),
     "unknown key": (BASE + "‹sede: 1\n", "sede", "unknown key; expected one of algo, .*; did you mean 'seed'"),
     "name": (BASE.replace("name: t", "name: ‹My Run", 1), "name", "got 'My Run', expected text like"),
     "name is a number": (BASE.replace("name: t", "name: ‹12", 1), "name", r"got 12, expected text \(quote it\)"),
@@ -76,7 +90,7 @@ MISTAKES = {
     "unknown algorithm": (
         BASE.replace("name: impala", "name: ‹impalla"),
         "algo.name",
-        "got 'impalla', expected one of impala; did you mean 'impala'",
+        "got 'impalla', expected one of dqn, impala; did you mean 'impala'",
     ),
     "algorithm is a list": (BASE.replace("name: impala", "name: ‹[impala]"), "algo.name", "got a list"),
     "unknown setting": (
@@ -150,18 +164,33 @@ MISTAKES = {
         "links.trajectories.from",
         "no sender: no group of kind actor",
     ),
-    "two parameter servers": (
-        A3C.replace("param_server: {}", "param_server: {count: ‹2}"),
-        "nodes.param_server.count",
-        "2 nodes of kind param_server, expected 1: shards cannot be split yet",
-    ),
     "predictors": (
         GA3C.replace("inference: {}", "inference: {predictors: ‹many}"),
         "nodes.inference.predictors",
         "got 'many', expected a whole number of at least 1, or auto",
     ),
+    "trainers": (
+        GA3C.replace("learner: {}", "learner: {trainers: ‹0}"),
+        "nodes.learner.trainers",
+        "got 0, expected a whole number of at least 1, or auto",
+    ),
+    "trainers with a bound": (
+        GA3C.replace("learner: {}", "learner: {trainers: ‹auto}").replace("{from: actor}", "{from: actor, max_lag: 3}"),
+        "nodes.learner.trainers",
+        "got 'auto', expected 1: with max_lag",
+    ),
+    "trainers of a worker": (
+        A3C.replace("learner: {count: 2", "learner: {trainers: ‹2, count: 2"),
+        "nodes.learner.trainers",
+        "got 2, expected 1: a worker computes one gradient at a time",
+    ),
     # bundles
     "bundle name": (A3C.replace("2, bundle: w}", "2, bundle: ‹W}"), "nodes.learner.bundle", "expected text like"),
+    "bundle of shards with who needs all of them": (
+        A3C.replace("param_server: {}", "param_server: {count: 2, bundle: ‹w}"),
+        "nodes.param_server.bundle",
+        "got 'w', where actor would meet one of 2: each holds a part of the parameters",
+    ),
     "bundle of a controller": (
         A3C.replace("param_server: {}", "param_server: {}, controller: {bundle: ‹w}"),
         "nodes.controller.bundle",
@@ -223,7 +252,7 @@ MISTAKES = {
     "unknown link": (
         BASE + LINKS + "  ‹weight: {}\n",
         "links.weight",
-        "no such port; expected one of act, gradients, parameters, trajectories, weights; did you mean 'weights'",
+        "no such port; expected one of act, gradients, .*, weights; did you mean 'weights'",
     ),
     "missing link": (
         BASE.replace("actor: {", "actor: ‹{") + "links:\n  trajectories: {}\n",
@@ -239,7 +268,7 @@ MISTAKES = {
     "wrong link kind": (
         BASE + LINKS.replace("{from", "{kind: ‹latest, from"),
         "links.trajectories.kind",
-        "got 'latest', expected queue: trajectories is queue, actor, inference → learner",
+        "got 'latest', expected queue: trajectories is queue, actor, inference → learner, replay",
     ),
     "wrong kind of system link": (
         BASE + "links: " + "{control: {kind: ‹queue}, trajectories: {}, weights: {}}",
@@ -296,7 +325,7 @@ MISTAKES = {
     "learner without trajectories": (
         BASE.replace("learner: {}", "learner: ‹{}") + "links:\n  weights: {}\n",
         "nodes.learner",
-        "holds no end of trajectories, but every learner does",
+        "holds no end of samples or trajectories, but every learner does: it trains on what replay nodes draw, or",
     ),
     "inference that nobody asks": (
         GA3C.replace("inference: {}", "inference: ‹{}").replace("  act: {}\n", "").replace("to: [", "to: [actor, "),
@@ -384,6 +413,132 @@ MISTAKES = {
         "nodes.actor.bundle",
         "got 'v', but each of 2 learners plays with actors of its own",
     ),
+    # replay
+    "learner that draws and reads": (
+        APEX.replace("to: replay}", "to: ‹[replay, learner]}"),
+        "links.trajectories.to",
+        "learner holds samples and trajectories, expected one of them: it trains on what replay nodes draw, or on",
+    ),
+    "replay that nobody fills": (
+        BASE.replace("learner: {}", "learner: {}, replay: ‹{}") + LINKS,
+        "nodes.replay",
+        "holds no end of trajectories, but every replay does: it keeps what they bring",
+    ),
+    "replay that nobody draws from": (
+        APEX.replace("replay: {count: 2}", "replay: ‹{count: 2}").replace("  samples: {}\n", ""),
+        "nodes.replay",
+        "holds no end of samples, but every replay does: learners draw from it there",
+    ),
+    "replay rule without replay": (
+        BASE.replace("impala", "‹dqn") + LINKS,
+        "algo.name",
+        "it learns from samples, which replay nodes draw for it; add a group replay to nodes, name it in .*"
+        "trajectories.to, and add links.samples",
+    ),
+    "newest experience from replay": (
+        APEX.replace("dqn", "‹impala"),
+        "algo.name",
+        "it learns from what its newest policies played, .*; send links.trajectories to learner and leave",
+    ),
+    "no replay": (
+        HEAD.replace("impala", "dqn") + "nodes: ‹{actor: {}, learner: {}}\n",
+        "links.samples.to",
+        "no receiver: no group of kind replay has a node; add one under nodes",
+    ),
+    "lag of what is replayed": (
+        APEX.replace("to: replay}", "to: replay, max_lag: ‹3}"),
+        "links.trajectories.max_lag",
+        "got 3, but what is replayed grows older than any bound; leave it out",
+    ),
+    "lock-step of a worker that replays": (
+        GORILA.replace("to: replay}", "to: replay, max_lag: ‹0}"),
+        "links.trajectories.max_lag",
+        "got 0, but what is replayed grows older",
+    ),
+    "trainers of samples": (
+        APEX.replace("learner: {}", "learner: {trainers: ‹2}"),
+        "nodes.learner.trainers",
+        "got 2, expected 1: what is drawn next follows from the errors",
+    ),
+    "outliers without gradients": (
+        APEX.replace("learner: {}", "learner: {outliers: ‹3}"),
+        "nodes.learner.outliers",
+        "got 3, but only with gradients a learner leaves batches out",
+    ),
+    "two learners of samples without gradients": (
+        APEX.replace("learner: {}", "learner: {count: ‹2}"),
+        "nodes.learner.count",
+        "2 nodes of kind learner, expected 1: several learn together only by gradients",
+    ),
+    "two learners of samples with actors elsewhere": (
+        GORILA.replace("envs: 8, bundle: w", "envs: 8, bundle: ‹v"),
+        "nodes.actor.bundle",
+        "got 'v', but each of 2 learners plays with actors of its own: .* at its ends of weights one bundle",
+    ),
+    "two learners of a global replay without a bundle": (
+        GORILA_GLOBAL.replace("learner: {count: 2, bundle: w, ", "learner: ‹{count: 2, "),
+        "nodes.learner.bundle",
+        "got nothing, but each of 2 learners plays with actors of its own",
+    ),
+    "min_size above capacity": (
+        APEX.replace("replay: {", "replay: {capacity: 500, min_size: ‹501, "),
+        "nodes.replay.min_size",
+        "got 501, expected at most 500, its capacity: it would never hold so many",
+    ),
+    "min_size above capacity by default": (
+        APEX.replace("replay: {", "replay: ‹{capacity: 999, "),
+        "nodes.replay.min_size",
+        "got 1,000, expected at most 999",
+    ),
+    "capacity below an unroll": (
+        APEX.replace("replay: {", "replay: {min_size: 1, capacity: ‹159, "),
+        "nodes.replay.capacity",
+        "got 159, expected at least 160: an unroll brings so many items",
+    ),
+    "slack that both wait for": (
+        APEX.replace("replay: {", "replay: {samples_per_insert: 4, slack: ‹351, "),
+        "nodes.replay.slack",
+        "got 351, expected at least 352, or both sides would wait for ever: 160 items come at once, each to be drawn 4 "
+        "times, and 64 are drawn at once",
+    ),
+    "slack of the larger of two kinds of actors": (
+        APEX.replace("nodes: {", "nodes: {many: {kind: actor, envs: 12}, ")
+        .replace("from: actor", "from: [many, actor]")
+        .replace("[actor, ev", "[many, actor, ev")
+        .replace("replay: {", "replay: {samples_per_insert: 4, slack: ‹352, "),
+        "nodes.replay.slack",
+        "got 352, expected at least 512",
+    ),
+    "slack of a part of an actor's environments": (
+        SEED_R2D2.replace("replay: {", "replay: {samples_per_insert: 4, slack: ‹191, "),
+        "nodes.replay.slack",
+        "got 191, expected at least 192, .*: 80 items come at once",
+    ),
+    "slack without a ratio": (
+        APEX.replace("replay: {", "replay: {slack: ‹100, "),
+        "nodes.replay.slack",
+        "got 100, but without samples_per_insert nobody waits; leave it out",
+    ),
+    "ratio of nothing": (
+        APEX.replace("replay: {", "replay: {samples_per_insert: ‹0, "),
+        "nodes.replay.samples_per_insert",
+        "got 0, expected more than 0",
+    ),
+    "codec of samples": (
+        APEX.replace("samples: {", "samples: {‹codec: lz4"),
+        "links.samples.codec",
+        "only a queue has it",
+    ),
+    "samples from an actor": (
+        APEX.replace("samples: {", "samples: {from: ‹actor"),
+        "links.samples.from",
+        "'actor' is of kind actor, which does not send samples: it is request, learner → replay",
+    ),
+    "bundle with another count of replays": (
+        GORILA.replace("replay: {count: 2, bundle: w}", "replay: {count: 3, bundle: ‹w}"),
+        "nodes.replay.bundle",
+        "replay has 3 nodes and actor has 2; a bundle needs equal counts",
+    ),
     # does it fit
     "batch never fills": (
         BASE.replace("impala", "impala, batch: ‹129"),
@@ -459,6 +614,10 @@ SEVERAL = {  # rules are broken by these
     "missing link",
     "inference that stands idle",
     "evaluator with weights and parameters",
+    "replay that nobody fills",
+    "replay that nobody draws from",
+    "no replay",
+    "bundle with another count of replays",
 }
 LONE = set(MISTAKES) - SEVERAL
 
@@ -631,10 +790,10 @@ def test_an_environment_that_cannot_be_made_is_an_env_error(tmp_path: Path) -> N
 
 
 def test_an_algorithm_whose_ports_do_not_exist_yet_is_refused(tmp_path: Path) -> None:
-    wiring = {"samples": {"kind": "request", "from": "learner", "to": "replay"}}
+    wiring = {"reduce": {"kind": "request", "from": "learner", "to": "learner"}}
     entry = dataclasses.replace(CATALOG.algorithms["impala"], wiring=wiring)
     (found,) = problems(tmp_path, BASE, catalog=Catalog({"impala": entry}))
-    assert (found.path, found.message[:12]) == ("links.samples", "no such port")
+    assert (found.path, found.message[:12]) == ("links.reduce", "no such port")
 
 
 def test_a_rule_of_several_gradients_an_update_has_no_parameter_server(tmp_path: Path) -> None:
@@ -642,3 +801,9 @@ def test_a_rule_of_several_gradients_an_update_has_no_parameter_server(tmp_path:
     (found,) = problems(tmp_path, A3C, catalog=Catalog({"impala": entry}))
     assert (found.path, found.line) == ("algo.name", 3)
     assert "several gradients each" in found.message
+
+
+def test_a_rule_of_several_gradients_an_update_has_one_trainer(tmp_path: Path) -> None:
+    entry = dataclasses.replace(CATALOG.algorithms["impala"], one_pass=False)
+    (found,) = problems(tmp_path, GA3C, "nodes.learner.trainers=2", catalog=Catalog({"impala": entry}))
+    assert (found.path, found.message[:20]) == ("nodes.learner.trainers", "got 2, expected 1: a")

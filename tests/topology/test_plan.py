@@ -16,7 +16,20 @@ from ddrl_bus.launch.catalog import catalog
 from ddrl_bus.topology import Plan, load, show
 from ddrl_bus.topology.schema import KINDS, PORTS, json_schema
 
-from .fakes import A3C, BASE, CATALOG, GA3C, HEAD, SEED, TOPOLOGIES, load_text
+from .fakes import (
+    A3C,
+    APEX,
+    BASE,
+    CATALOG,
+    GA3C,
+    GORILA,
+    GORILA_GLOBAL,
+    HEAD,
+    SEED,
+    SEED_R2D2,
+    TOPOLOGIES,
+    load_text,
+)
 
 TWO_HOSTS = (
     HEAD
@@ -82,7 +95,7 @@ def test_in_one_process_everything_is_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"in_process": True}])
-@pytest.mark.parametrize("text", [TWO_HOSTS, A3C, SEED])
+@pytest.mark.parametrize("text", [TWO_HOSTS, A3C, SEED, APEX, GORILA, GORILA_GLOBAL])
 def test_every_end_binds_or_connects_and_every_connection_is_bound(
     text: str, options: dict[str, bool], tmp_path: Path
 ) -> None:
@@ -110,6 +123,18 @@ def test_inside_a_bundle_links_are_memory_between_nodes_of_one_index(options: di
         assert list(learner["gradients"].peers) == ["param_server-0"]
     scheme = "memory" if options else "ipc"
     assert plan.ports("param_server-0")["gradients"].binds[0].startswith(f"{scheme}:")
+
+
+def test_a_bundle_replays_what_it_played_unless_the_replay_is_outside(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, GORILA)
+    assert plan.ports("learner-1")["samples"].peers == {"replay-1": "memory://replay-1.samples"}
+    assert plan.ports("actor-1")["trajectories"].peers == {"replay-1": "memory://replay-1.trajectories"}
+    assert [node.name for node in plan.processes["w-1"]] == ["actor-1", "replay-1", "learner-1"]
+    plan = plan_of(tmp_path, GORILA_GLOBAL)
+    for port in (plan.ports("learner-1")["samples"], plan.ports("actor-1")["trajectories"]):
+        assert list(port.peers) == ["replay-0", "replay-1", "replay-2"]
+        assert all(address.startswith("ipc:") for address in port.peers.values())
+    assert plan.ports("actor-1")["weights"].peers == {"learner-1": "memory://learner-1.weights"}
 
 
 def test_the_nodes_of_one_index_of_a_bundle_are_one_process(tmp_path: Path) -> None:
@@ -191,6 +216,9 @@ def test_the_run_id_follows_the_content_unless_it_is_given(tmp_path: Path) -> No
         A3C,
         GA3C.replace("inference: {}", "inference: {predictors: auto, wait: 2ms}"),
         SEED,
+        APEX.replace("replay: {", "replay: {samples_per_insert: 8, save: false, "),
+        SEED_R2D2,
+        GORILA,
     ],
 )
 def test_a_lock_reads_back_to_the_same_plan(text: str, tmp_path: Path) -> None:
@@ -234,6 +262,8 @@ IMPALA = {"trajectories", "weights"}
 REFERENCE = dict.fromkeys(["quickstart", "impala", "two-hosts", "a2c", "appo", "torchbeast_mono"], IMPALA)
 REFERENCE |= dict.fromkeys(["ga3c", "seed", "torchbeast_poly"], IMPALA | {"act"})
 REFERENCE |= {"a3c": IMPALA | {"gradients", "parameters"}}
+REFERENCE |= {"apex": IMPALA | {"samples"}, "r2d2": IMPALA | {"samples"}, "seed_r2d2": IMPALA | {"samples", "act"}}
+REFERENCE |= {"gorila": IMPALA | {"samples", "gradients", "parameters"}}
 
 
 @pytest.mark.parametrize("path", sorted(TOPOLOGIES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -285,6 +315,10 @@ def test_mermaid_draws_groups_per_host_and_links_between_them(tmp_path: Path) ->
 def test_bundles_are_shown(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, A3C)
     assert "  actor-1          actor       envs=16  process=w-1" in show.text(plan).splitlines()
+    assert "prefetch" not in show.text(plan)
+    assert "  learner-0        learner     device=auto  publish_every=1  delay=0  trainers=1  prefetch=2" in show.text(
+        plan_of(tmp_path, APEX)
+    )
     assert "  inference-0      inference   " in show.text(asked := plan_of(tmp_path, SEED))
     assert "  actor-1          actor       envs=32  groups=2" in show.text(asked).splitlines()
     assert show.mermaid(plan) == (
@@ -307,7 +341,7 @@ def test_the_json_schema_describes_every_key(tmp_path: Path) -> None:
     assert set(schema["properties"]) >= {"name", "extends", "env", "algo", "nodes", "links", "hosts", "insecure"}
     assert set(schema["properties"]["nodes"]["properties"]) == set(KINDS)
     assert set(schema["properties"]["links"]["properties"]) == {*PORTS, "control", "progress"}
-    (impala,) = schema["properties"]["algo"]["anyOf"]
+    impala, _ = schema["properties"]["algo"]["anyOf"]
     assert impala["properties"]["name"] == {"const": "impala"}
     assert impala["properties"]["lr"]["description"] == "Adam's step size."
     assert schema["$defs"]["ActorOptions"]["properties"]["envs"]["description"].startswith("Environments per actor")

@@ -122,8 +122,10 @@ def test_every_dtype_bit_by_bit(dtype: str) -> None:
         np.array(5.0),
         np.zeros((3, 0, 2)),
         np.zeros((1,) * 8),
+        np.arange(1 << 16).reshape(256, 256).T,
+        np.arange(1 << 16, dtype=">i8"),
     ],
-    ids=["strided", "transposed", "fortran", "broadcast", "0-d", "0-size", "8-d"],
+    ids=["strided", "transposed", "fortran", "broadcast", "0-d", "0-size", "8-d", "large", "large big-endian"],
 )
 def test_any_memory_order_arrives_in_c_order(array: np.ndarray[Any, Any]) -> None:
     received = wire.decode(wire.encode("k", "n", 1, 1, {}, {"x": array})).arrays["x"]

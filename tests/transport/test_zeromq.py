@@ -23,7 +23,7 @@ from harness import SMALL, WAIT_S, Net, free_ports, numbered, send, take, turns,
 
 from ddrl_bus.errors import AddressInUseError, UsageError
 from ddrl_bus.transport import wire, zeromq
-from ddrl_bus.transport.base import SocketKind
+from ddrl_bus.transport.base import OnMessage, SocketKind
 from ddrl_bus.transport.wire import SMALL_FRAME, Buffer, Layout
 from ddrl_bus.transport.zeromq import (
     COPY_BELOW,
@@ -163,9 +163,9 @@ async def test_one_turn_of_the_pump_is_bounded(
     drains: list[int] = []
     drain = ZmqSocket._drain
 
-    def counted(socket: ZmqSocket, on_message: object) -> None:
+    def counted(socket: ZmqSocket, on_message: OnMessage, told: int) -> None:
         before = len(pair.at_bound)
-        drain(socket, on_message)  # type: ignore[arg-type]
+        drain(socket, on_message, told)
         if socket is pair.bound:
             drains.append(len(pair.at_bound) - before)
 
@@ -176,6 +176,24 @@ async def test_one_turn_of_the_pump_is_bounded(
     await until(lambda: len(pair.at_bound) == n)
     assert max(drains) <= min(DRAIN_MESSAGES, DRAIN_BYTES // size + 1)
     assert max(drains) > 1
+
+
+async def test_who_awaits_an_answer_goes_on_before_the_next_is_received(backend: ZmqBackend, tmp_path: Path) -> None:
+    pair = Pair(backend, tmp_path, SocketKind.ROUTER, SocketKind.DEALER)
+    pair.connected.send(b"question")
+    await until(lambda: pair.at_bound)
+    order: list[str] = []
+
+    def on_answer(_parts: list[Buffer]) -> None:
+        order.append("answer")
+        asyncio.get_running_loop().call_soon(order.append, "awaited")
+
+    pair.connected._on_message = on_answer
+    for _ in range(3):
+        pair.bound.send(pair.at_bound[0][0], b"answer")
+    time.sleep(0.05)  # noqa: ASYNC251  - all are there before the loop runs
+    await until(lambda: order.count("awaited") == 3)
+    assert order == ["answer", "awaited"] * 3
 
 
 async def test_sends_do_not_swallow_what_wakes_the_pump(backend: ZmqBackend, tmp_path: Path) -> None:

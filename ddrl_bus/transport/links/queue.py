@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -344,7 +344,7 @@ class Receiver(End):
         if self._closed:
             return
         for credit in self._core.credits():
-            self._credits.send(topic(b"Q", credit.sender, credit.sender_epoch), msgpack.packb(astuple(credit)))
+            self._credits.send(topic(b"Q", credit.sender, credit.sender_epoch), msgpack.packb(credit))
 
     def _poll(self, now: float) -> None:
         for inbound, lost in self._core.poll(now):

@@ -16,7 +16,7 @@ from ddrl_bus.transport import wire
 from ddrl_bus.transport.base import Backend, SocketKind
 from ddrl_bus.transport.links.end import End, Host
 from ddrl_bus.transport.sessions.request import RequestClient, RequestServer
-from ddrl_bus.transport.wire import Array, Buffer, Message
+from ddrl_bus.transport.wire import Arena, Array, Buffer, Message
 
 ERROR_KIND: Final = "_error"
 MAX_OPEN_REQUESTS: Final = 1024
@@ -67,9 +67,9 @@ class Client(End):
         self._ensure_open()
         number = self._core.next_id()
         frame = wire.encode(kind, self._node, self._epoch, number, fields or {}, arrays, self._core.oldest)
+        self._socket.send(frame)  # before the books, which need not wait for it; with no room now the timer repeats it
         self._core.open(number, frame, self._loop.time(), timeout_s)
         answer = self._waiting[number] = self._loop.create_future()
-        self._socket.send(frame)  # with no room now it is repeated by the timer
         self._messages.add()
         return answer
 
@@ -120,8 +120,9 @@ class Request:
     _peer: Buffer
 
     def answer(
-        self, kind: str, fields: Mapping[str, Any] | None = None, arrays: Mapping[str, Array] | None = None
+        self, kind: str, fields: Mapping[str, Any] | None = None, arrays: Mapping[str, Array] | Arena | None = None
     ) -> None:
+        """`arrays` are copied; an arena travels as it is, and nobody may write to it any more."""
         self._server.reply(self._peer, self.message, kind, fields or {}, arrays)
 
     def refuse(self, error: str) -> None:
@@ -186,9 +187,9 @@ class Server(End):
             return
         match self._core.arrived(message.node, message.epoch, message.seq, message.lane):
             case "new":
+                self._arrived(Request(message, self, bytes(parts[0])))
                 self._messages.add()
                 self._bytes.add(message.nbytes)
-                self._arrived(Request(message, self, bytes(parts[0])))
             case (frame,):
                 self._counter("repeated").add()
                 self._socket.send(parts[0], frame)
@@ -214,12 +215,15 @@ class Server(End):
         request: Message,
         kind: str,
         fields: Mapping[str, Any],
-        arrays: Mapping[str, Array] | None,
+        arrays: Mapping[str, Array] | Arena | None,
     ) -> None:
         """Send and keep the answer; a peer that is gone will ask again if it still cares."""
         if self._closed:
             return
-        frame = wire.encode(kind, self._node, self._epoch, request.seq, fields, arrays)
-        self._core.answer(request.node, request.epoch, request.seq, frame)
+        if isinstance(arrays, Arena):
+            frame = arrays.encode(self._node, self._epoch, request.seq, fields)
+        else:
+            frame = wire.encode(kind, self._node, self._epoch, request.seq, fields, arrays)
         if not self._socket.send(peer, frame):
             self._counter("unsent_answers").add()
+        self._core.answer(request.node, request.epoch, request.seq, frame)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, NamedTuple, TypeVar
 
 F = TypeVar("F")
 
@@ -34,8 +34,7 @@ PROBE_S: Final = 0.5
 """A sender without progress for this long asks what arrived."""
 
 
-@dataclass(frozen=True, slots=True)
-class Credit:
+class Credit(NamedTuple):
     """What a receiver tells one sender; `epoch` and `sender_epoch` name the lane."""
 
     receiver: str

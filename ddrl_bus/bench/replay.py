@@ -1,0 +1,327 @@
+"""What a replay node costs over the buffer that it keeps and the sockets under it: `ddrl bench replay`.
+
+Three ways, turn by turn in one run: a process that sends unrolls, a replay node, and a process that draws batches and
+writes their priorities back, over ipc (`node`); the same calls on a buffer in one process (`bare`); frames of the same
+sizes between processes through blocking PUSH/PULL and DEALER/ROUTER of pyzmq (`raw`). What is sent was written to fresh
+memory just before, on either way, and nothing is compressed. Quote the ratios; absolute figures follow the machine's
+mood.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import zmq
+
+from ddrl_bus.algos.spaces import Spaces
+from ddrl_bus.launch.malloc import keep_freed_memory
+from ddrl_bus.launch.start import plan_of
+from ddrl_bus.messages import Sample, Trajectory, fields_of
+from ddrl_bus.nodes.base import node_class
+from ddrl_bus.replay_buffer import ReplayBuffer
+from ddrl_bus.transport import wire
+from ddrl_bus.transport.wire import Arena, Array, Message, Spec
+from ddrl_bus.transport.zeromq import COPY_BELOW
+
+PATIENCE_S: Final = 60.0
+"""Against hangs only."""
+WARM_S: Final = 0.1
+MEASURE_S: Final = 0.4
+"""Of each figure, after as much as the first to get going."""
+ENVS, UNROLL, N_STEP, BATCH, WINDOW = 16, 16, 1, 512, 4
+UNDER_WAY: Final = 2
+"""Questions open at a time."""
+ITEMS: Final = ENVS * UNROLL
+"""Of an unroll."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is seen of an environment, and how many transitions are kept."""
+
+    payload: str
+    spaces: Spaces
+    capacity: int
+
+
+CASES: Final = (
+    Case("4 floats", Spaces((4,), "float32", "discrete", 2), 1 << 17),
+    Case("84 × 84, stack 4", Spaces((84, 84), "uint8", "discrete", 6, stack=4), 1 << 15),
+)
+WAYS: Final = ("bare", "node", "raw")
+TURNS: Final = (("inserts",), ("samples",), ("priorities",), ("inserts", "samples"))
+"""What goes on at a time."""
+BUSY: Final = {"inserts": "actor-0", "samples": "learner-0", "priorities": "learner-0"}
+"""Who does it."""
+Step = Callable[[], Awaitable[int]]
+"""Moves something, and says how many items."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Items a second, medians over the repeats; the ratios are medians of the paired ones."""
+
+    payload: str
+    what: str
+    bare: float
+    node: float
+    raw: float
+    mb_per_s: float
+    """through the node"""
+    of_bare: float
+    of_raw: float
+
+
+def measure(repeats: int = 3) -> Iterator[Row]:
+    """The rows of each case."""
+    for number, case in enumerate(CASES):
+        with _sides(number) as pipes:
+            sizes: dict[str, float] = {}
+            for pipe in pipes.values():
+                sizes |= _heard(pipe)
+            rounds = [{(turn, way): _turn(pipes, turn, way) for turn in TURNS for way in WAYS} for _ in range(repeats)]
+        for turn in TURNS:
+            for place, what in enumerate(turn):
+                words = " beside ".join((what, *(other for other in turn if other != what)))
+                rates = {way: np.array([rates[turn, way][place] for rates in rounds]) for way in WAYS}
+                yield _row(case.payload, words, rates, sizes[what])
+
+
+def _row(payload: str, what: str, rates: Mapping[str, Array], size: float) -> Row:
+    bare, node, raw = (float(np.median(rates[way])) for way in WAYS)
+    of_bare, of_raw = (float(np.median(rates["node"] / rates[way])) for way in ("bare", "raw"))
+    return Row(payload, what, bare, node, raw, node * size / 1e6, of_bare, of_raw)
+
+
+def _turn(pipes: Mapping[str, Connection], whats: tuple[str, ...], way: str) -> list[float]:
+    """Items a second of each of `whats`, at the same time."""
+    for what in whats:
+        pipes[BUSY[what]].send((what, way))
+    return [_heard(pipes[BUSY[what]]) for what in whats]
+
+
+def _heard(pipe: Connection) -> Any:
+    if not pipe.poll(PATIENCE_S):
+        raise TimeoutError(f"no figures after {PATIENCE_S:.0f} s")
+    return pipe.recv()
+
+
+# ---- processes
+
+
+@contextlib.contextmanager
+def _sides(number: int) -> Iterator[dict[str, Connection]]:
+    """The processes of a case; yields pipes to those that take orders, by their nodes' names."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes = {name: spawn.Pipe() for name in ("actor-0", "learner-0")}
+    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
+        sides = [spawn.Process(target=_replay, args=(number, folder)), spawn.Process(target=_raw_ends, args=(folder,))]
+        sides += [spawn.Process(target=_ordered, args=(name, number, folder, pipes[name][1])) for name in pipes]
+        for side in sides:
+            side.start()
+        try:
+            yield {name: ours for name, (ours, _) in pipes.items()}
+        finally:
+            for side in sides:
+                side.kill()
+                side.join()
+
+
+def _node(name: str, number: int, folder: str) -> Any:
+    """The node of this name, not yet living: by its ports it opens link ends."""
+    overrides = (
+        *("nodes.actor.count=1", f"nodes.actor.envs={ENVS}", f"algo.unroll={UNROLL}", f"algo.n_step={N_STEP}"),
+        *("nodes.replay.count=1", f"nodes.replay.capacity={CASES[number].capacity}", "nodes.replay.min_size=1"),
+        *("nodes.replay.samples_per_insert=null", "nodes.replay.save=false", f"algo.batch={BATCH}"),
+        *(f"links.trajectories.window={WINDOW}", "links.trajectories.codec=none"),
+    )
+    plan = replace(plan_of("apex", overrides, probe=False), ipc_dir=Path(folder))
+    node: Any = node_class(plan, name)(plan, name, Path(folder), epoch=1)
+    node.spaces = CASES[number].spaces
+    return node
+
+
+def _replay(number: int, folder: str) -> None:
+    keep_freed_memory()  # as every node does; the others get the same
+    logging.disable()  # it misses its controller
+    asyncio.run(_node("replay-0", number, folder).live(asyncio.Event()))
+
+
+def _ordered(name: str, number: int, folder: str, orders: Connection) -> None:
+    keep_freed_memory()
+    asyncio.run(_obey(name, number, folder, orders))
+
+
+async def _obey(name: str, number: int, folder: str, orders: Connection) -> None:
+    """Say how large items are, then measure what is asked for until killed."""
+    node = _node(name, number, folder)
+    sizes, steps = await (_inserts if name == "actor-0" else _draws)(node, _filled(node, _unroll(node)), folder)
+    orders.send(sizes)
+    while True:
+        order = await asyncio.to_thread(orders.recv)
+        orders.send(await _rate(steps[order]))
+
+
+async def _rate(step: Step) -> float:
+    """Items a second."""
+    began, items = time.perf_counter(), 0
+    while time.perf_counter() < began + WARM_S:
+        await step()
+    began = time.perf_counter()
+    while (now := time.perf_counter()) < began + MEASURE_S:
+        items += await step()
+    return items / (now - began)
+
+
+def _unroll(node: Any) -> dict[str, Array]:
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in node.schema.unroll_specs(ENVS).items()}
+    arrays["priority"][...] = np.random.default_rng(1).random(arrays["priority"].shape)
+    return arrays
+
+
+def _filled(node: Any, unroll: Mapping[str, Array]) -> ReplayBuffer:
+    algo = node.plan.algo
+    windows, capacity = node.algorithm.windows(algo), node.plan.groups["replay"].capacity
+    buffer = ReplayBuffer(node.windows_schema, windows.rows, windows.starts, capacity, algo.alpha)
+    while buffer.items < buffer.capacity:
+        buffer.add(unroll)
+    return buffer
+
+
+Measured = tuple[dict[str, float], dict[tuple[str, str], Step]]
+"""Bytes that an item takes on its way, and what to do for (what, way)."""
+
+
+async def _inserts(node: Any, buffer: ReplayBuffer, folder: str) -> Measured:
+    sender, unroll = node.open_sender("trajectories"), _unroll(node)
+    fields = fields_of(Trajectory(0, [], [], node.schema.overlap))
+    size = len(Arena.of(Trajectory.KIND, unroll).encode(node.name, node.epoch, 1, fields))
+    push = _raw(zmq.PUSH, f"{folder}/inserts")
+
+    async def bare() -> int:
+        buffer.add(unroll)
+        return ITEMS
+
+    async def through_node() -> int:
+        await sender.send(Arena.of(Trajectory.KIND, unroll), fields)
+        return ITEMS
+
+    async def raw() -> int:
+        push.send(np.ones(size, np.uint8).data, copy=size < COPY_BELOW)
+        return ITEMS
+
+    for _ in range(-(-buffer.capacity // ITEMS)):
+        await through_node()
+    steps = zip(WAYS, (bare, through_node, raw), strict=True)
+    return {"inserts": size / ITEMS}, {("inserts", way): step for way, step in steps}
+
+
+async def _draws(node: Any, buffer: ReplayBuffer, folder: str) -> Measured:
+    client = node.open_client("samples")
+    priority = np.random.default_rng(2).random(BATCH, np.float32)
+    drawn = {"id": np.arange(BATCH), "priority": priority}
+    asked: deque[asyncio.Future[Message]] = deque()
+
+    async def ask(count: int) -> Message | None:
+        """The answer to the question before the last, whose items the next one is about."""
+        asked.append(client.ask(Sample.KIND, fields_of(Sample(count, node.epoch)), drawn, timeout_s=PATIENCE_S))
+        if len(asked) <= UNDER_WAY:
+            return None
+        answer = await asked.popleft()
+        drawn["id"] = answer.arrays.get("id", drawn["id"])
+        return answer
+
+    async def samples() -> int:
+        answer = await ask(BATCH)
+        return len(answer.arrays.get("id", ())) if answer else 0
+
+    async def priorities() -> int:
+        return BATCH if await ask(0) else 0
+
+    async def bare_samples() -> int:
+        buffer.update(buffer.sample(BATCH, _allocate)["id"], priority)
+        return BATCH
+
+    async def bare_priorities() -> int:
+        buffer.update(drawn["id"], priority)
+        return BATCH
+
+    while not await samples():
+        pass
+    question = len(wire.encode(Sample.KIND, node.name, node.epoch, 1, fields_of(Sample(BATCH, node.epoch)), drawn))
+    answers = {"samples": (await asked[-1]).nbytes, "priorities": wire.ALIGN}
+    steps = {("samples", "bare"): bare_samples, ("priorities", "bare"): bare_priorities}
+    steps |= {("samples", "node"): samples, ("priorities", "node"): priorities}
+    steps |= {(what, "raw"): _raw_question(f"{folder}/samples", question, size) for what, size in answers.items()}
+    return {"samples": answers["samples"] / BATCH, "priorities": question / BATCH}, steps
+
+
+def _allocate(specs: Mapping[str, Spec]) -> dict[str, Array]:
+    return {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items()}
+
+
+# ---- bare sockets
+
+
+def _raw_question(address: str, question: int, answer: int) -> Step:
+    """Asks in so many bytes for so many."""
+    socket = _raw(zmq.DEALER, address)
+    text, wanted = bytes(question), str(answer).encode()
+    for _ in range(UNDER_WAY):
+        socket.send_multipart((wanted, text))
+
+    async def ask() -> int:
+        socket.send_multipart((wanted, text))
+        socket.recv(copy=False)
+        return BATCH
+
+    return ask
+
+
+def _raw_ends(folder: str) -> None:
+    """What the others' bare sockets are connected to."""
+    keep_freed_memory()
+    threading.Thread(target=_swallow, args=(_raw(zmq.PULL, f"{folder}/inserts", bind=True),), daemon=True).start()
+    router = _raw(zmq.ROUTER, f"{folder}/samples", bind=True)
+    while True:
+        peer, wanted, _ = router.recv_multipart(copy=False)
+        size = int(wanted.bytes)
+        router.send(peer, zmq.SNDMORE)
+        router.send(np.ones(size, np.uint8).data, copy=size < COPY_BELOW)
+
+
+def _swallow(socket: zmq.Socket[bytes]) -> None:
+    while True:
+        socket.recv(copy=False)
+
+
+def _raw(kind: int, path: str, *, bind: bool = False) -> zmq.Socket[bytes]:
+    socket = zmq.Context.instance().socket(kind)
+    if kind in (zmq.PUSH, zmq.PULL):
+        socket.set_hwm(WINDOW)
+    (socket.bind if bind else socket.connect)(f"ipc://{path}.raw")
+    return socket
+
+
+def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
+    """A table, a line at a time as the figures come."""
+    head = f"{'payload':<18}{'thousands a second':<28}{'bare':>8}{'node':>8}{'raw':>8}{'node MB/s':>11}"
+    yield f"{head}{'node/bare':>11}{'node/raw':>10}"
+    for row in rows:
+        yield (
+            f"{row.payload:<18}{row.what:<28}{row.bare / 1e3:>8.0f}{row.node / 1e3:>8.0f}{row.raw / 1e3:>8.0f}"
+            f"{row.mb_per_s:>11.0f}{row.of_bare:>11.2f}{row.of_raw:>10.2f}"
+        )

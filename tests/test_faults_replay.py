@@ -1,0 +1,73 @@
+"""Ape-X in processes of its own, and kill -9 of what keeps its experience."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from runs import FOREVER, Run, assert_closed, running
+
+from ddrl_bus import checkpoint
+from ddrl_bus.checkpoint import Checkpoint
+from ddrl_bus.transport import ledger
+
+ITEMS = 16 * 8
+"""Of an unroll."""
+APEX = (*FOREVER, "checkpoint.every=200ms", "nodes.replay.min_size=256", "algo.hidden=[16]")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def drawn(run: Run, shard: int) -> int:
+    return run.counters(f"replay-{shard}").get("items/drawn", 0)
+
+
+def keeps_drawing(run: Run, shard: int) -> None:
+    before = drawn(run, shard)
+    run.until(lambda: drawn(run, shard) > before + 500, f"drawing from replay-{shard}")
+
+
+def saved(run: Run, shard: int) -> Checkpoint:
+    """What a new life of it would go on from."""
+    found = run.until(lambda: checkpoint.newest(run.folder / f"checkpoints-replay-{shard}"), f"of replay-{shard}")
+    assert isinstance(found, Checkpoint)
+    return found
+
+
+def counts(found: Checkpoint) -> tuple[int, int, int, int]:
+    limiter = found.values["limiter"]
+    return found.values["env_steps"], int(found.arrays["next_id"][0]), limiter["inserts"], limiter["samples"]
+
+
+def test_a_killed_shard_goes_on_from_its_checkpoint(folder: Path) -> None:
+    """Killed while it is filled and drawn from: its next life counts on from what was saved, exactly."""
+    with running(folder, *APEX, topology="apex") as run:
+        before = {}
+        run.until(lambda: min(drawn(run, 0), drawn(run, 1)) > 1_000, "drawing from both shards")
+        for shard in (0, 1):
+            saved(run, shard)
+            victim = run.pid(f"replay-{shard}")
+            os.kill(victim, signal.SIGSTOP)  # at any point of its work
+            before[shard] = counts(saved(run, shard))
+            os.kill(victim, signal.SIGKILL)
+        for shard in (0, 1):
+            run.pid(f"replay-{shard}", life=2)
+            keeps_drawing(run, shard)
+        run.process.send_signal(signal.SIGTERM)
+        closing = run.ends()
+        assert (closing["reason"], closing["restarts"]) == ("stop", 2)
+        assert closing["ledger"]["closed"]
+        assert_closed(run.books())
+        for shard in (0, 1):
+            _, second = sorted((run.folder / "ledger").glob(f"replay-{shard}@*.page"))
+            books = ledger.read(second)
+            new = books["trajectories/stored"] * ITEMS
+            env_steps, next_id, inserts, samples = counts(saved(run, shard))
+            assert (next_id, inserts) == (before[shard][1] + new, before[shard][2] + new)
+            assert samples == before[shard][3] + books["items/drawn"]
+            assert 0 <= env_steps - before[shard][0] - new <= 2 * 3 * 8  # each actor's first unroll has three rows more
