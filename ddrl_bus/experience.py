@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from ddrl_bus.messages import Trajectory
-from ddrl_bus.transport.wire import DTYPES, Arena, Array, Layout, Message, Spec
+from ddrl_bus.transport.wire import Arena, Array, Layout, Message, Spec
 
 RECORD: Final = "record."
 """Prefix of the arrays that the algorithm's `act` recorded."""
@@ -104,7 +104,7 @@ class UnrollSchema:
         envs = obs.shape[1]
         for name, (dtype, shape) in self.unroll_specs(envs).items():
             array = arrays.get(name)
-            if array is None or array.shape != shape or array.dtype != DTYPES[dtype]:
+            if array is None or array.shape != shape or array.dtype != dtype:
                 return "schema"
         if not self._final_fits(arrays, envs) or message.fields.get("overlap", 0) not in (0, self.overlap):
             return "schema"
@@ -121,7 +121,7 @@ class UnrollSchema:
         return (
             index.dtype == np.int64
             and index.ndim == 1
-            and obs.dtype.name == dtype
+            and obs.dtype == dtype
             and obs.shape == (len(index), *shape)
             and np.array_equal(index, np.flatnonzero(arrays["truncated"]))
         )

@@ -122,7 +122,7 @@ class Replay(Node):
         if not 0 <= sample.count <= self.plan.algo.batch:
             return f"got a question for {sample.count} items, expected at most a batch of {self.plan.algo.batch}"
         arrays = message.arrays
-        found = {name: (array.dtype.name, array.ndim, array.size) for name, array in arrays.items()}
+        found = {name: (array.dtype, array.ndim, array.size) for name, array in arrays.items()}
         size = arrays["id"].size if "id" in arrays else 0
         if arrays and found != {"id": ("int64", 1, size), "priority": ("float32", 1, size)}:
             return f"got {found}, expected id [K] int64 and priority [K] float32"
@@ -130,13 +130,14 @@ class Replay(Node):
 
     async def _arrivals(self) -> list[Message]:
         """Unrolls that may be stored now; returns when there is something to do, perhaps without any."""
-        first = None
-        if not self.asked.is_set():
+        messages = self._taken([])
+        if not messages and not self.asked.is_set():
             with self.clocks["requests_wait"]:
                 first = await self.until(self._next(), self.asked, self.draining, self.control_changed)
+            messages = self._taken([] if first is None else [first])
         self.asked.clear()
         self.control_changed.clear()
-        return self._taken([] if first is None else [first])
+        return messages
 
     async def _next(self) -> Message:
         """The next unroll; what must wait stays where it is, so that its sender runs out of credit."""
@@ -171,11 +172,12 @@ class Replay(Node):
         for message in messages:
             self.returns.extend(parse(Trajectory, message).returns)
         loop = asyncio.get_running_loop()
-        answers = await self.compute(self._work, messages, list(self.questions), loop.time())
+        questions = list(self.questions)
+        answers = await self.compute(self._work, messages, questions, loop.time())
         with self.clocks["send"]:
             for answer, items in answers:
                 self.questions.popleft().request.answer(Sampled.KIND, fields_of(answer), items)
-        if self.questions:
+        if len(answers) < len(questions):
             loop.call_at(self.questions[0].due, self.asked.set)
 
     # ---- on the compute thread
