@@ -152,7 +152,10 @@ LAG: Final = (
     "algo.entropy_cost=0.003 nodes.actor.count=2"
 )
 
-TMAZE: Final = "env.preset=null"
+TMAZE: Final = (
+    "env.preset=null algo.burn_in=0 algo.gamma=0.95 algo.hidden=[32] algo.core_size=32 nodes.replay.samples_per_insert=8 "
+    "algo.anneal_steps=300_000"
+)
 
 # fmt: off
 CASES: Final[tuple[Case, ...]] = (
@@ -177,10 +180,12 @@ CASES: Final[tuple[Case, ...]] = (
          "ends under", control_of="impala-lag15"),
     Case("apex-cartpole", "apex", 475, 150_000, greedy=True),
     Case("apex-acrobot", "apex", -100, 150_000, env="Acrobot-v1", greedy=True),
-    Case("apex-minatar-breakout", "apex", 5, 500_000, "env.preset=minatar", env="MinAtar/Breakout-v1", greedy=True),
+    Case("apex-minatar-breakout", "apex", 5, HALF_A_MILLION,
+         "env.preset=minatar algo.reward_scale=0.1 algo.n_step=3 algo.target_every=100 algo.anneal_steps=500_000 "
+         "nodes.replay.samples_per_insert=2 nodes.replay.min_size=2000", env="MinAtar/Breakout-v1", greedy=True),
     Case("gorila-cartpole", "gorila", 400, 150_000, greedy=True),
-    Case("r2d2-cartpole-no-velocity", "r2d2", 300, MILLION, greedy=True),
-    Case("seed_r2d2-cartpole-no-velocity", "seed_r2d2", 300, MILLION, greedy=True),
+    Case("r2d2-cartpole-no-velocity", "r2d2", 300, HALF_A_MILLION, greedy=True),
+    Case("seed_r2d2-cartpole-no-velocity", "seed_r2d2", 300, HALF_A_MILLION, greedy=True),
     Case("r2d2-tmaze", "r2d2", 0.95, 300_000, TMAZE, env="ddrl_bus/TMaze-v0", greedy=True),
     Case("r2d2-tmaze-no-memory", "r2d2", 0.95, 300_000, f"{TMAZE} algo.core=none", "stays", env="ddrl_bus/TMaze-v0",
          control_of="r2d2-tmaze", greedy=True),

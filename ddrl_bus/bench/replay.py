@@ -38,12 +38,9 @@ from ddrl_bus.transport.zeromq import COPY_BELOW
 
 PATIENCE_S: Final = 60.0
 """Against hangs only."""
-WARM_S: Final = 0.1
-MEASURE_S: Final = 0.4
-"""Of each figure, after as much as the first to get going."""
 ENVS, UNROLL, N_STEP, BATCH, WINDOW = 16, 16, 1, 512, 4
 UNDER_WAY: Final = 2
-"""Questions open at a time."""
+"""Questions open before the next is asked: a learner's `prefetch`."""
 ITEMS: Final = ENVS * UNROLL
 """Of an unroll."""
 
@@ -63,7 +60,7 @@ CASES: Final = (
 )
 WAYS: Final = ("bare", "node", "raw")
 TURNS: Final = (("inserts",), ("samples",), ("priorities",), ("inserts", "samples"))
-"""What goes on at a time."""
+"""What goes on at a time; bare, a buffer each."""
 BUSY: Final = {"inserts": "actor-0", "samples": "learner-0", "priorities": "learner-0"}
 """Who does it."""
 Step = Callable[[], Awaitable[int]]
@@ -85,14 +82,15 @@ class Row:
     of_raw: float
 
 
-def measure(repeats: int = 3) -> Iterator[Row]:
-    """The rows of each case."""
+def measure(repeats: int = 3, seconds: float = 0.4) -> Iterator[Row]:
+    """The rows of each case, each figure over so many seconds."""
     for number, case in enumerate(CASES):
         with _sides(number) as pipes:
             sizes: dict[str, float] = {}
             for pipe in pipes.values():
                 sizes |= _heard(pipe)
-            rounds = [{(turn, way): _turn(pipes, turn, way) for turn in TURNS for way in WAYS} for _ in range(repeats)]
+            turns = [(turn, way) for turn in TURNS for way in WAYS]
+            rounds = [{turn: _turn(pipes, *turn, seconds) for turn in turns} for _ in range(repeats)]
         for turn in TURNS:
             for place, what in enumerate(turn):
                 words = " beside ".join((what, *(other for other in turn if other != what)))
@@ -106,10 +104,10 @@ def _row(payload: str, what: str, rates: Mapping[str, Array], size: float) -> Ro
     return Row(payload, what, bare, node, raw, node * size / 1e6, of_bare, of_raw)
 
 
-def _turn(pipes: Mapping[str, Connection], whats: tuple[str, ...], way: str) -> list[float]:
+def _turn(pipes: Mapping[str, Connection], whats: tuple[str, ...], way: str, seconds: float) -> list[float]:
     """Items a second of each of `whats`, at the same time."""
     for what in whats:
-        pipes[BUSY[what]].send((what, way))
+        pipes[BUSY[what]].send((what, way, seconds))
     return [_heard(pipes[BUSY[what]]) for what in whats]
 
 
@@ -168,20 +166,20 @@ def _ordered(name: str, number: int, folder: str, orders: Connection) -> None:
 async def _obey(name: str, number: int, folder: str, orders: Connection) -> None:
     """Say how large items are, then measure what is asked for until killed."""
     node = _node(name, number, folder)
-    sizes, steps = await (_inserts if name == "actor-0" else _draws)(node, _filled(node, _unroll(node)), folder)
+    sizes, steps = await (_inserts if name == "actor-0" else _draws)(node, folder)
     orders.send(sizes)
     while True:
-        order = await asyncio.to_thread(orders.recv)
-        orders.send(await _rate(steps[order]))
+        what, way, seconds = await asyncio.to_thread(orders.recv)
+        orders.send(await _rate(steps[what, way], seconds))
 
 
-async def _rate(step: Step) -> float:
-    """Items a second."""
-    began, items = time.perf_counter(), 0
-    while time.perf_counter() < began + WARM_S:
-        await step()
+async def _rate(step: Step, seconds: float) -> float:
+    """Items a second, once it has got going."""
     began = time.perf_counter()
-    while (now := time.perf_counter()) < began + MEASURE_S:
+    while time.perf_counter() < began + seconds / 4:
+        await step()
+    began, items = time.perf_counter(), 0
+    while (now := time.perf_counter()) < began + seconds:
         items += await step()
     return items / (now - began)
 
@@ -192,9 +190,9 @@ def _unroll(node: Any) -> dict[str, Array]:
     return arrays
 
 
-def _filled(node: Any, unroll: Mapping[str, Array]) -> ReplayBuffer:
-    algo = node.plan.algo
-    windows, capacity = node.algorithm.windows(algo), node.plan.groups["replay"].capacity
+def _full_buffer(node: Any, unroll: Mapping[str, Array]) -> ReplayBuffer:
+    algo, capacity = node.plan.algo, node.plan.groups["replay"].capacity
+    windows = node.algorithm.windows(algo)
     buffer = ReplayBuffer(node.windows_schema, windows.rows, windows.starts, capacity, algo.alpha)
     while buffer.items < buffer.capacity:
         buffer.add(unroll)
@@ -205,8 +203,9 @@ Measured = tuple[dict[str, float], dict[tuple[str, str], Step]]
 """Bytes that an item takes on its way, and what to do for (what, way)."""
 
 
-async def _inserts(node: Any, buffer: ReplayBuffer, folder: str) -> Measured:
+async def _inserts(node: Any, folder: str) -> Measured:
     sender, unroll = node.open_sender("trajectories"), _unroll(node)
+    buffer = _full_buffer(node, unroll)
     fields = fields_of(Trajectory(0, [], [], node.schema.overlap))
     size = len(Arena.of(Trajectory.KIND, unroll).encode(node.name, node.epoch, 1, fields))
     push = _raw(zmq.PUSH, f"{folder}/inserts")
@@ -220,19 +219,20 @@ async def _inserts(node: Any, buffer: ReplayBuffer, folder: str) -> Measured:
         return ITEMS
 
     async def raw() -> int:
-        push.send(np.ones(size, np.uint8).data, copy=size < COPY_BELOW)
+        _send(push, size)
         return ITEMS
 
-    for _ in range(-(-buffer.capacity // ITEMS)):
-        await through_node()
+    for _ in range(buffer.capacity // ITEMS + 1):
+        await through_node()  # until that one is full too
     steps = zip(WAYS, (bare, through_node, raw), strict=True)
     return {"inserts": size / ITEMS}, {("inserts", way): step for way, step in steps}
 
 
-async def _draws(node: Any, buffer: ReplayBuffer, folder: str) -> Measured:
-    client = node.open_client("samples")
+async def _draws(node: Any, folder: str) -> Measured:
+    client, buffer = node.open_client("samples"), _full_buffer(node, _unroll(node))
     priority = np.random.default_rng(2).random(BATCH, np.float32)
-    drawn = {"id": np.arange(BATCH), "priority": priority}
+    mine = buffer.sample(BATCH, _allocate)["id"]
+    drawn = {"id": mine, "priority": priority}
     asked: deque[asyncio.Future[Message]] = deque()
 
     async def ask(count: int) -> Message | None:
@@ -256,14 +256,14 @@ async def _draws(node: Any, buffer: ReplayBuffer, folder: str) -> Measured:
         return BATCH
 
     async def bare_priorities() -> int:
-        buffer.update(drawn["id"], priority)
+        buffer.update(mine, priority)
         return BATCH
 
     while not await samples():
         pass
     question = len(wire.encode(Sample.KIND, node.name, node.epoch, 1, fields_of(Sample(BATCH, node.epoch)), drawn))
     answers = {"samples": (await asked[-1]).nbytes, "priorities": wire.ALIGN}
-    steps = {("samples", "bare"): bare_samples, ("priorities", "bare"): bare_priorities}
+    steps: dict[tuple[str, str], Step] = {("samples", "bare"): bare_samples, ("priorities", "bare"): bare_priorities}
     steps |= {("samples", "node"): samples, ("priorities", "node"): priorities}
     steps |= {(what, "raw"): _raw_question(f"{folder}/samples", question, size) for what, size in answers.items()}
     return {"samples": answers["samples"] / BATCH, "priorities": question / BATCH}, steps
@@ -298,9 +298,8 @@ def _raw_ends(folder: str) -> None:
     router = _raw(zmq.ROUTER, f"{folder}/samples", bind=True)
     while True:
         peer, wanted, _ = router.recv_multipart(copy=False)
-        size = int(wanted.bytes)
         router.send(peer, zmq.SNDMORE)
-        router.send(np.ones(size, np.uint8).data, copy=size < COPY_BELOW)
+        _send(router, int(wanted.bytes))
 
 
 def _swallow(socket: zmq.Socket[bytes]) -> None:
@@ -308,8 +307,12 @@ def _swallow(socket: zmq.Socket[bytes]) -> None:
         socket.recv(copy=False)
 
 
+def _send(socket: zmq.Socket[bytes], size: int) -> None:
+    socket.send(np.ones(size, np.uint8).data, 0, copy=size < COPY_BELOW)
+
+
 def _raw(kind: int, path: str, *, bind: bool = False) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(kind)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     if kind in (zmq.PUSH, zmq.PULL):
         socket.set_hwm(WINDOW)
     (socket.bind if bind else socket.connect)(f"ipc://{path}.raw")

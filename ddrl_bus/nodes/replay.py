@@ -122,7 +122,7 @@ class Replay(Node):
         if not 0 <= sample.count <= self.plan.algo.batch:
             return f"got a question for {sample.count} items, expected at most a batch of {self.plan.algo.batch}"
         arrays = message.arrays
-        found = {name: (array.dtype, array.ndim, array.size) for name, array in arrays.items()}
+        found: Mapping[str, Any] = {name: (array.dtype, array.ndim, array.size) for name, array in arrays.items()}
         size = arrays["id"].size if "id" in arrays else 0
         if arrays and found != {"id": ("int64", 1, size), "priority": ("float32", 1, size)}:
             return f"got {found}, expected id [K] int64 and priority [K] float32"

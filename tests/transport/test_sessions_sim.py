@@ -146,7 +146,7 @@ class GivesUpTooFar(QueueReceiver):
 
 class LetsOneTooManyOut(QueueReceiver):
     def credits(self) -> Iterator[Credit]:
-        return (replace(credit, window=credit.window + 1) for credit in super().credits())
+        return (credit._replace(window=credit.window + 1) for credit in super().credits())
 
 
 class NeverRepeatsCredits(QueueReceiver):
