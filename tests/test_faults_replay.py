@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from ddrl_bus.transport import ledger
 
 ITEMS = 16 * 8
 """Of an unroll."""
-APEX = (*FOREVER, "checkpoint.every=200ms", "nodes.replay.min_size=256", "algo.hidden=[16]")
+FLOOD = ("nodes.replay.samples_per_insert=null", "nodes.replay.min_size=256", "links.trajectories.window=16")
+APEX = (*FOREVER, *FLOOD, "checkpoint.every=50ms", "nodes.evaluator.every=60s", "algo.hidden=[16]")
+"""Nobody waits for anybody: shards are as busy as they can be."""
 
 
 @pytest.fixture
@@ -32,9 +35,13 @@ def keeps_drawing(run: Run, shard: int) -> None:
     run.until(lambda: drawn(run, shard) > before + 500, f"drawing from replay-{shard}")
 
 
+def checkpoints(run: Run, shard: int) -> Path:
+    return run.folder / f"checkpoints-replay-{shard}"
+
+
 def saved(run: Run, shard: int) -> Checkpoint:
     """What a new life of it would go on from."""
-    found = run.until(lambda: checkpoint.newest(run.folder / f"checkpoints-replay-{shard}"), f"of replay-{shard}")
+    found = run.until(lambda: checkpoint.newest(checkpoints(run, shard)), f"a checkpoint of replay-{shard}")
     assert isinstance(found, Checkpoint)
     return found
 
@@ -44,15 +51,51 @@ def counts(found: Checkpoint) -> tuple[int, int, int, int]:
     return found.values["env_steps"], int(found.arrays["next_id"][0]), limiter["inserts"], limiter["samples"]
 
 
+# ── in the middle of what ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def storing(run: Run, shard: int) -> bool:
+    """Whether it holds unrolls that it has taken and not stored."""
+    books = run.counters(f"replay-{shard}")
+    taken = sum(n for name, n in books.items() if name.startswith("trajectories/") and name.endswith("/taken"))
+    return taken > books["trajectories/stored"]
+
+
+def saving(run: Run, shard: int) -> bool:
+    """Whether a checkpoint is half written."""
+    return any(checkpoints(run, shard).glob("tmp-*"))
+
+
+def still(pid: int) -> bool:
+    """Whether each thread of a process is stopped."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
+def stopped(run: Run, shard: int, amid: Callable[[Run, int], bool]) -> int:
+    """The process of the shard, stopped in the middle of something."""
+    pid = run.pid(f"replay-{shard}")
+
+    def caught() -> bool:
+        os.kill(pid, signal.SIGSTOP)
+        run.until(lambda: still(pid), f"replay-{shard} stopped")
+        if amid(run, shard):
+            return True
+        os.kill(pid, signal.SIGCONT)
+        return False
+
+    run.until(caught, f"replay-{shard} amid {amid.__name__}")
+    return pid
+
+
 def test_a_killed_shard_goes_on_from_its_checkpoint(folder: Path) -> None:
     """Killed while it is filled and drawn from: its next life counts on from what was saved, exactly."""
     with running(folder, *APEX, topology="apex") as run:
         before = {}
         run.until(lambda: min(drawn(run, 0), drawn(run, 1)) > 1_000, "drawing from both shards")
-        for shard in (0, 1):
+        for shard, amid in enumerate((storing, saving)):
             saved(run, shard)
-            victim = run.pid(f"replay-{shard}")
-            os.kill(victim, signal.SIGSTOP)  # at any point of its work
+            victim = stopped(run, shard, amid)
             before[shard] = counts(saved(run, shard))
             os.kill(victim, signal.SIGKILL)
         for shard in (0, 1):

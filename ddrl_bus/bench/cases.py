@@ -153,8 +153,8 @@ LAG: Final = (
 )
 
 TMAZE: Final = (
-    "env.preset=null algo.burn_in=0 algo.gamma=0.95 algo.hidden=[32] algo.core_size=32 nodes.replay.samples_per_insert=8 "
-    "algo.anneal_steps=300_000"
+    "env.preset=null algo.burn_in=0 algo.gamma=0.95 algo.hidden=[32] algo.core_size=32 "
+    "nodes.replay.samples_per_insert=8 algo.anneal_steps=300_000"
 )
 
 # fmt: off
@@ -179,10 +179,11 @@ CASES: Final[tuple[Case, ...]] = (
     Case("impala-lag15-no-correction", "impala", 300, MILLION, f"{LAG} algo.anneal_steps=1_000_000 algo.correct=false",
          "ends under", control_of="impala-lag15"),
     Case("apex-cartpole", "apex", 475, 150_000, greedy=True),
-    Case("apex-acrobot", "apex", -100, 150_000, env="Acrobot-v1", greedy=True),
+    Case("apex-acrobot", "apex", -100, 150_000, "algo.gamma=0.99", env="Acrobot-v1", greedy=True),
     Case("apex-minatar-breakout", "apex", 5, HALF_A_MILLION,
-         "env.preset=minatar algo.reward_scale=0.1 algo.n_step=3 algo.target_every=100 algo.anneal_steps=500_000 "
-         "nodes.replay.samples_per_insert=2 nodes.replay.min_size=2000", env="MinAtar/Breakout-v1", greedy=True),
+         "env.preset=minatar algo.gamma=0.99 algo.reward_scale=0.1 algo.n_step=3 algo.target_every=100 "
+         "algo.anneal_steps=500_000 nodes.replay.samples_per_insert=2 nodes.replay.min_size=2000",
+         env="MinAtar/Breakout-v1", greedy=True),
     Case("gorila-cartpole", "gorila", 400, 150_000, greedy=True),
     Case("r2d2-cartpole-no-velocity", "r2d2", 300, HALF_A_MILLION, greedy=True),
     Case("seed_r2d2-cartpole-no-velocity", "seed_r2d2", 300, HALF_A_MILLION, greedy=True),

@@ -18,7 +18,6 @@ from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import ROLES, Node
 from ddrl_bus.nodes.shards import Published, Slices
 from ddrl_bus.topology.plan import Plan
-from ddrl_bus.transport.wire import Array
 
 MAX_STEPS: Final = 100_000
 """Steps after which an evaluation episode counts as over, for environments without a time limit."""
@@ -60,7 +59,7 @@ class Evaluator(Node):
     async def _evaluate(self, published: Published) -> None:
         self.played += 1
         weights = published.weights
-        returns = await self.compute(self._play, published.arrays, self.played)
+        returns = await self.compute(self._play, published, self.played)
         self.evaluation = Evaluation(
             mean_return=float(np.mean(returns)),
             episodes=len(returns),
@@ -73,23 +72,34 @@ class Evaluator(Node):
         self.log.info("return=%.1f updates=%d", self.evaluation.mean_return, weights.updates)
         self.report()
 
-    def _play(self, arrays: Mapping[str, Array], number: int) -> list[float]:
+    def _play(self, published: Published, number: int) -> list[float]:
         with self.clocks["unpack"]:
-            self.policy.load(arrays)
+            self.policy.load(published.arrays)
         with self.clocks["evaluate"]:
-            seeds = self.seeds(restart=number, stream=2)
-            return play(self.policy, self.env, self.options.episodes, seeds, greedy=self.options.greedy)
+            seeds, steps = self.seeds(restart=number, stream=2), published.weights.env_steps
+            return play(
+                self.policy, self.env, self.options.episodes, seeds, greedy=self.options.greedy, env_steps=steps
+            )
 
 
 def play(
-    policy: Policy, env: envs.EnvConfig, episodes: int, seeds: np.random.SeedSequence, *, greedy: bool = True
+    policy: Policy,
+    env: envs.EnvConfig,
+    episodes: int,
+    seeds: np.random.SeedSequence,
+    *,
+    greedy: bool = True,
+    env_steps: int = 0,
 ) -> list[float]:
     """Undiscounted returns of `episodes` full episodes, one in each of as many environments.
 
     One each, so that short episodes are not counted more often than long ones.
+
+    Args:
+        env_steps: that the weights were trained on, with which exploration may fade.
     """
     group = envs.VectorEnv(env, episodes, seeds)
-    explore = None if greedy else Explore(np.ones(episodes, np.float32))
+    explore = None if greedy else Explore(np.ones(episodes, np.float32), env_steps)
     returns: dict[int, float] = {}
     obs, carried = group.reset(), policy.initial_state(episodes)
     for _ in range(MAX_STEPS):
@@ -111,7 +121,7 @@ def evaluate(plan: Plan, saved: Checkpoint, episodes: int, seed: int, *, greedy:
     policy = make_policy(algorithm, plan.algo, envs.describe(env), seed)
     policy.load(_net(saved.arrays))
     seeds = np.random.SeedSequence([seed, ROLES.index("evaluator")])
-    returns = play(policy, env, episodes, seeds, greedy=greedy)
+    returns = play(policy, env, episodes, seeds, greedy=greedy, env_steps=saved.values["env_steps"])
     return {
         "return": float(np.mean(returns)),
         "min": min(returns),

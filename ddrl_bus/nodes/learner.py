@@ -55,6 +55,7 @@ class Learner(Node):
     async def run(self) -> None:
         self.trainer.publish(await self.compute(self.trainer.snapshot))
         assembling = asyncio.create_task(self._assemble(), name=f"{self.name}.assemble")
+        assembling.add_done_callback(lambda _: self.batch_ready.set())  # it failed: whoever waits for a batch is to see
         try:
             await self._train_until_drained(assembling)
         finally:

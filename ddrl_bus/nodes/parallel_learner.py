@@ -70,11 +70,10 @@ class ParallelLearner(Learner):
         if self.in_use == 1:
             with self.lock:
                 return super()._update(slot)
-        batch = batch_of(slot, self.schema)
-        gradients, report = self._gradients(batch)
+        gradients, report = self._gradients(batch_of(slot, self.schema))
 
         def applied() -> dict[str, float]:
-            self.algo.apply(gradients, batch.reward.size)
+            self.algo.apply(gradients, slot.env_steps)
             return report
 
         with self.lock:

@@ -107,7 +107,8 @@ class ParamServer(Node):
             for request, verdict in zip(requests, judged.verdicts, strict=True):
                 fields = Parameters(newest.weights.env_steps, newest.weights.updates, verdict)
                 request.answer(Parameters.KIND, fields_of(fields), newest.arena.arrays)
-        if newest.weights.updates > self.published:
+        held = self.trainer.held  # then what is to be confirmed stays the newest that is published
+        if newest.weights.updates > self.published and not held:
             self._publish(newest)
 
     def _count(self, verdict: str) -> None:

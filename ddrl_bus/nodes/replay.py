@@ -56,7 +56,8 @@ class Replay(Node):
 
     async def start(self) -> None:
         self.receiver = self.open_receiver("trajectories")
-        self.receiver.check = check(self.schema)
+        self.fits, self.most = check(self.schema), most_columns(self.plan.groups, self.plan.links)
+        self.receiver.check = self._check
         self.learners = {node.name for node in self.plan.members(self.ports["samples"].link.sources)}
         self.returns: deque[float] = deque(maxlen=100)
         self.questions: deque[Question] = deque()
@@ -83,7 +84,7 @@ class Replay(Node):
             alpha=getattr(algo, "alpha", 0.0),
             seed=int(self.seeds().generate_state(1)[0]),
         )
-        self.largest = windows.starts * most_columns(self.plan.groups, self.plan.links)
+        self.largest = windows.starts * self.most
         self.limiter = RateLimiter(
             options.min_size, options.samples_per_insert, options.slack, insert=self.largest, batch=algo.batch
         )
@@ -102,6 +103,12 @@ class Replay(Node):
         await self.compute(self._save)
 
     # ---- what comes
+
+    def _check(self, message: Message) -> str | None:
+        """Why an unroll is refused, which is never of more environments than buffer and limiter are made for."""
+        if reason := self.fits(message):
+            return reason
+        return None if 1 <= message.arrays["obs"].shape[1] <= self.most else "schema"
 
     def _asked(self, request: Request) -> None:
         try:
@@ -141,27 +148,27 @@ class Replay(Node):
 
     async def _next(self) -> Message:
         """The next unroll; what must wait stays where it is, so that its sender runs out of credit."""
-        if self._waits(self.largest):
+        if self._waits():
             await asyncio.Event().wait()
-        return await self.receiver.recv()
+        return self._counted(await self.receiver.recv())
 
     def _taken(self, messages: list[Message]) -> list[Message]:
         """These and all others that came and may be stored."""
-        items = sum(self._items(message) for message in messages)
-        while not (waits := self._waits(items + self.largest)) and (message := self.receiver.try_recv()):
-            messages.append(message)
-            items += self._items(message)
+        while not (waits := self._waits()) and (message := self.receiver.try_recv()):
+            messages.append(self._counted(message))
         self.insert_wait.waits(waits if self.receiver.queued else "")
         return messages
 
-    def _waits(self, items: int) -> str:
-        """What so many items must wait for: nothing once the run drains, for then nobody draws any more."""
+    def _waits(self) -> str:
+        """What the next unroll must wait for: nothing once the run drains, for then nobody draws any more."""
         if self.draining.is_set() or self.control.phase == "drain":
             return ""
-        return self.limiter.insert_waits(items)
+        return self.limiter.insert_waits(self.largest)
 
-    def _items(self, message: Message) -> int:
-        return self.windows.starts * int(message.arrays["obs"].shape[1])
+    def _counted(self, message: Message) -> Message:
+        """The unroll, taken to be stored: the next one may have to wait for it already."""
+        self.limiter.inserted(self.windows.starts * int(message.arrays["obs"].shape[1]))
+        return message
 
     # ---- what goes
 
@@ -179,6 +186,8 @@ class Replay(Node):
                 self.questions.popleft().request.answer(Sampled.KIND, fields_of(answer), items)
         if len(answers) < len(questions):
             loop.call_at(self.questions[0].due, self.asked.set)
+        if time.monotonic() >= self.save_at:  # nobody's answer waits for the disk
+            await self.compute(self._save)
 
     # ---- on the compute thread
 
@@ -198,14 +207,11 @@ class Replay(Node):
                     if waits and now < question.due:
                         break
                 answers.append(self._answer(question.sample.count, waits))
-        if time.monotonic() >= self.save_at:
-            self._save()
         return answers
 
     def _store(self, message: Message) -> None:
         """The unroll's windows, over the oldest ones."""
         self.evicted.add(self.buffer.add(message.arrays))
-        self.limiter.inserted(self._items(message))
         new_rows = self.windows.rows - parse(Trajectory, message).overlap
         self.env_steps += new_rows * int(message.arrays["obs"].shape[1])
         self.stored.add()

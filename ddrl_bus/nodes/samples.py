@@ -67,8 +67,8 @@ class Samples:
     """The asking end of `samples`; to a learner what `batches.Intake` is.
 
     Args:
-        env_steps: what the run had played when this learner's parameters were saved; default: what its replay had
-            taken in when it was first asked.
+        env_steps: what the run had played when this learner's parameters were saved; default: what its shards had
+            taken in when they were first asked.
     """
 
     rows = 0
@@ -77,7 +77,8 @@ class Samples:
     def __init__(self, node: Node, env_steps: int | None = None) -> None:
         peers = node.ports["samples"].peers
         self.shards = [Shard(name, node.open_client("samples", n)) for n, name in enumerate(peers)]
-        self.told = env_steps
+        self._joins = env_steps is None
+        self._uncounted = -(env_steps or 0)  # environment steps that shards took in, and no batch has counted
         algo: Any = node.plan.algo
         self._alpha: float = getattr(algo, "alpha", 0.0)
         self._beta: float = getattr(algo, "beta", 0.0)
@@ -86,7 +87,7 @@ class Samples:
         self._sharing = _learners(node, next(iter(peers)))
         self._rng = np.random.default_rng(node.seeds(stream=1))
         self._drawn: dict[int, list[Drawn]] = {}
-        self._columns = self._steps = 0  # trained on, and counted for them
+        self._columns = self._steps = 0  # trained on, and counted for it
         self._ledger, self._log = node.ledger, node.log
         self._wait = Waiting(node.log)
         self._unpack = clock(node.ledger, "unpack")
@@ -101,6 +102,7 @@ class Samples:
     async def fill(self, slot: Slot) -> Slot:
         """Draw columns until the slot is full, and weigh them. Waits for as long as there is nothing to draw."""
         drawn = self._drawn[id(slot)] = []
+        await self._meet()
         while not slot.full:
             dealt = self._deal(slot.width - slot.columns)
             answers = await asyncio.gather(*(self._ask(shard, count) for shard, count, _ in dealt))
@@ -117,6 +119,11 @@ class Samples:
         slot.weight = self._weights(np.concatenate([part.probability for part in drawn]))
         slot.env_steps = self._new_steps()
         return slot
+
+    async def _meet(self) -> None:
+        """Ask shards that were never heard how they stand: that is answered at once, items perhaps much later."""
+        unknown = [shard for shard in self.shards if not shard.life and self._is_here(shard)]
+        await asyncio.gather(*(self._ask(shard, 0) for shard in unknown))
 
     def _deal(self, columns: int) -> list[tuple[Shard, int, float]]:
         """Each shard that is there, how many columns it is to draw, and the probability of a column to be its."""
@@ -141,8 +148,12 @@ class Samples:
 
     def _heard(self, shard: Shard, answer: Message, count: int) -> Message | None:
         sampled = parse(Sampled, answer)
-        shard.life, shard.items, shard.mass, shard.waits = answer.epoch, sampled.items, sampled.mass, sampled.waits
-        shard.env_steps = max(shard.env_steps, sampled.env_steps)  # back from a checkpoint, it has fewer
+        before = sampled.env_steps if self._joins and not shard.life else shard.env_steps
+        self._uncounted += max(0, sampled.env_steps - before)  # back from a checkpoint, it knows of fewer
+        shard.life, shard.items, shard.mass = answer.epoch, sampled.items, sampled.mass
+        shard.env_steps, shard.waits = sampled.env_steps, sampled.waits
+        if all(each.life for each in self.shards):  # together they may know of fewer than our parameters
+            self._uncounted = max(0, self._uncounted)
         if sampled.waits or not count:
             return None
         if reason := self._refusal(answer, count):
@@ -182,11 +193,8 @@ class Samples:
 
     def _new_steps(self) -> int:
         """Environment steps that the shards took in since the last batch; each learner counts its share of them."""
-        total = sum(shard.env_steps for shard in self.shards)
-        if self.told is None:
-            self.told = total
-        new = max(0, total - self.told) // self._sharing
-        self.told += new * self._sharing
+        new = max(0, self._uncounted) // self._sharing
+        self._uncounted -= new * self._sharing
         self._steps += new
         return new
 
@@ -205,8 +213,7 @@ class Samples:
 
     def refuse(self, slot: Slot, reason: str) -> None:
         """Nothing was learnt from the slot: the next one counts its steps."""
-        assert self.told is not None
-        self.told -= slot.env_steps * self._sharing
+        self._uncounted += slot.env_steps * self._sharing
         self._steps -= slot.env_steps
         self._ledger.counter("samples", "left_out", reason).add(slot.columns)
         del self._drawn[id(slot)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import walks
-from rig import WORKERS, FakeController, Living, Rig, eventually, net, publish_weights, rig_of
+from rig import REPLAY, WORKERS, FakeController, Living, Rig, eventually, net, publish_weights, rig_of
 
 from ddrl_bus import envs
 from ddrl_bus.algos import algorithm
@@ -166,6 +166,21 @@ def test_the_same_seed_plays_the_same_and_another_does_not() -> None:
     config = envs.EnvConfig("CartPole-v1")
     returns = [play(policy_of(config, leaning(1)), config, 20, np.random.SeedSequence(s)) for s in (1, 1, 2)]
     assert returns[0] == returns[1] != returns[2]
+
+
+@pytest.mark.parametrize(("env_steps", "explores"), [(100, True), (10_000, False)])
+async def test_exploration_has_faded_as_far_as_the_weights_have_come(
+    tmp_path: Path, env_steps: int, explores: bool
+) -> None:
+    fading = ("algo.epsilon=0.0", "algo.epsilon_steps=10000", "nodes.evaluator.greedy=false")
+    async with rig_of(tmp_path, *REPLAY, *fading, "nodes.evaluator.episodes=20", "nodes.evaluator.every=0s") as rig:
+        stage = Stage(rig)
+        network = algorithm("dqn")(rig.plan.algo, envs.describe(envs.EnvConfig("CartPole-v1")), seed=1)
+        arrays = {name: np.zeros_like(array) for name, array in network.weights().items()}
+        arrays["q.bias"][0] = 1.0
+        publish_weights(stage.weights, 1, arrays, env_steps=env_steps)
+        assert ((await stage.evaluation(1)).mean_return > 12) == explores  # else it leans to one side, and falls
+        await stage.evaluator.drained()
 
 
 def test_evaluate_plays_the_network_of_a_checkpoint(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -380,13 +379,15 @@ async def test_a_disk_that_takes_nothing_does_not_end_training(on_stage: OnStage
 # ── several trainers ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def gradients_of(monkeypatch: pytest.MonkeyPatch, first: Callable[[], Any] = lambda: None) -> list[dict[str, Array]]:
-    """Fills with the parameters of each gradient that is computed, after `first` has returned."""
+def gradients_of(
+    monkeypatch: pytest.MonkeyPatch, first: Callable[[Batch], Any] = lambda batch: None
+) -> list[dict[str, Array]]:
+    """Fills with the parameters of each gradient that is computed, after `first` has returned for its batch."""
     seen: list[dict[str, Array]] = []
     gradients = Impala.gradients
 
     def spy(self: Impala, batch: Batch) -> Any:
-        first()
+        first(batch)
         seen.append(self.weights())
         return gradients(self, batch)
 
@@ -416,7 +417,8 @@ def same(some: dict[str, Array], others: dict[str, Array]) -> bool:
 
 async def test_as_many_gradients_at_a_time_as_trainers(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each makes an update, and the age of its rows is what it is when it changes the parameters."""
-    gradients_of(monkeypatch, threading.Barrier(3, timeout=PATIENCE_S).wait)
+    together = threading.Barrier(3, timeout=PATIENCE_S)
+    gradients_of(monkeypatch, lambda batch: together.wait())
     async with on_stage("nodes.learner.trainers=3", "links.trajectories.window=16", inline=False) as stage:
         await stage.version(0)
         for _ in range(12):
@@ -455,12 +457,12 @@ async def test_no_trainer_sees_half_an_update(on_stage: OnStage, monkeypatch: py
 async def test_a_trainer_that_was_overtaken_publishes_nothing_older(
     on_stage: OnStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overtaken, number = threading.Event(), itertools.count()
-    gradients_of(monkeypatch, lambda: next(number) or overtaken.wait(PATIENCE_S))
+    overtaken = threading.Event()
+    gradients_of(monkeypatch, lambda batch: batch.reward[0, 0] or overtaken.wait(PATIENCE_S))
     async with on_stage("nodes.learner.trainers=2", inline=False) as stage:
         await stage.version(0)
-        for _ in range(2):
-            await stage.send()
+        for n in range(2):
+            await stage.send(reward=n)  # the first one, whichever thread is quicker, is overtaken by the second
         await stage.updated(1)
         overtaken.set()
         await eventually(lambda: stage.learner.count("trajectories/trained") == 2)

@@ -486,6 +486,26 @@ async def test_a_confirmation_holds_it_still(on_stage: OnStage) -> None:
         await stage.server.drained()
 
 
+async def test_nothing_newer_hides_what_is_to_be_confirmed(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the same parameters, which were too soon after others to be published before."""
+    async with on_stage() as stage:
+        await stage.push(1)
+        await stage.published(updates=1)
+        monkeypatch.setattr(stage.server.node, "publish_at", float("inf"))
+        await stage.push(2)
+        stage.controller.say(phase="confirm", confirm=1)
+        await stage.published(updates=2, confirm=1)
+        monkeypatch.setattr(stage.server.node, "publish_at", 0.0)
+        assert await stage.verdict(3) == "held"
+        await asyncio.sleep(0.05)
+        assert stage.parameters.latest() is None
+        stage.controller.say(phase="run")
+        await eventually(lambda: stage.server.node.control.phase == "run")
+        await stage.push(3)
+        await stage.published(updates=3, confirm=0)
+        await stage.server.drained()
+
+
 async def test_the_budget_is_everybodys(on_stage: OnStage) -> None:
     async with on_stage(f"stop.steps={3 * ROWS - 1}") as stage:
         verdicts = [await stage.verdict(number, worker) for number in (1, 2, 3) for worker in (0, 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from rig import PATIENCE_S, REPLAY, FakeController, Living, Rig, epoch, eventual
 
 from ddrl_bus import checkpoint
 from ddrl_bus.errors import RemoteError
-from ddrl_bus.messages import Sample, Sampled, fields_of, parse
+from ddrl_bus.experience import Unroll
+from ddrl_bus.messages import Sample, Sampled, Trajectory, fields_of, parse
 from ddrl_bus.nodes import replay, waiting
 from ddrl_bus.transport.links import Client, Sender
 from ddrl_bus.transport.sessions import request
@@ -190,6 +192,19 @@ async def test_an_unroll_that_does_not_fit_is_refused(on_stage: OnStage) -> None
         await stage.replay.drained()
 
 
+@pytest.mark.parametrize("envs", [0, ENVS + 1])
+async def test_an_unroll_of_as_many_environments_as_no_actor_has_is_refused(on_stage: OnStage, envs: int) -> None:
+    async with on_stage() as stage:
+        unroll = Unroll(stage.node.schema.layout(envs))
+        for array in unroll.rows.values():
+            array[...] = 0
+        await stage.actor.send(unroll.finish(), fields_of(Trajectory(0, [], [])))
+        await eventually(lambda: stage.replay.count("trajectories/refused/schema") == 1)
+        await stage.send()
+        assert (await stage.totals()).items == ITEMS
+        await stage.replay.drained()
+
+
 # ── who waits ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TIGHT = ("nodes.replay.samples_per_insert=1", "nodes.replay.slack=20", "links.trajectories.window=1")
@@ -211,6 +226,16 @@ async def test_inserts_wait_for_samples(on_stage: OnStage, monkeypatch: pytest.M
             assert stage.drawn == drawn
         await eventually(lambda: stage.stored == 3)
         assert stage.node.gauge()["insert_wait_s"] > 0
+        await stage.replay.drained()
+
+
+async def test_a_flood_at_the_start_keeps_within_the_slack(on_stage: OnStage) -> None:
+    async with on_stage(*TIGHT[:2], "links.trajectories.window=10") as stage:
+        await eventually(lambda: stage.actor.credit == 10)
+        for _ in range(10):
+            assert stage.actor.try_send(*replayed(stage.node.schema))
+        await eventually(lambda: stage.node.receiver.queued == 8)
+        assert stage.stored == 2  # the first is `min_size`, the second what slack allows
         await stage.replay.drained()
 
 
@@ -363,12 +388,24 @@ async def test_it_saves_now_and_then(on_stage: OnStage, caplog: Any) -> None:
         folder = stage.rig.folder / "checkpoints-replay-0"
         await asyncio.sleep(0.002)
         await stage.totals()
-        saved = checkpoint.newest(folder)
-        assert saved is not None
+        saved = await eventually(lambda: checkpoint.newest(folder))
         assert (saved.step, saved.values["limiter"]) == (ITEMS, {"inserts": ITEMS, "samples": 0})
         folder.rename(folder.with_name("elsewhere"))
         folder.touch()  # no folder can be made here
         await asyncio.sleep(0.002)
         await stage.totals()
-        assert "checkpoint not written" in caplog.text
+        await eventually(lambda: "checkpoint not written" in caplog.text)
+        await stage.replay.drained()
+
+
+async def test_answers_do_not_wait_for_a_checkpoint(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, save = threading.Event(), checkpoint.save
+    async with on_stage(in_process=False) as stage:
+        await stage.send()
+        monkeypatch.setattr(checkpoint, "save", lambda *args, **more: written.wait() and save(*args, **more))
+        stage.node.save_at = 0.0
+        try:
+            assert len((await stage.ask(BATCH)).arrays["id"]) == BATCH
+        finally:
+            written.set()
         await stage.replay.drained()

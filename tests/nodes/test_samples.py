@@ -13,6 +13,7 @@ import pytest
 import torch
 from rig import PATIENCE_S, REPLAY, FakeController, Living, Rig, epoch, eventually, replayed, rig_of
 
+from ddrl_bus.errors import UsageError
 from ddrl_bus.experience import Slot
 from ddrl_bus.messages import Weights, parse
 from ddrl_bus.nodes import replay, samples, waiting
@@ -212,6 +213,24 @@ async def test_steps_are_counted_once(on_stage: OnStage) -> None:
         await stage.drained()
 
 
+async def test_steps_that_a_killed_shard_forgot_stay_counted(
+    on_stage: OnStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes back without a checkpoint; what it takes in then is new."""
+    monkeypatch.setattr(samples, "LOST_S", 0.3)
+    async with on_stage(asks=False) as stage:
+        learner = stage.learner.node
+        await stage.send(0, unrolls=10)
+        await eventually(lambda: learner.algo.env_steps == 10 * ITEMS)
+        await stage.killed(0)
+        await eventually(lambda: learner.gauge()["shards_lost"] == 1)
+        await stage.back(0)
+        await eventually(lambda: learner.gauge()["shards_lost"] == 0)
+        await stage.send(0, unrolls=5)
+        await eventually(lambda: learner.algo.env_steps == 15 * ITEMS)
+        await stage.drained()
+
+
 # ── shards that have nothing, or are away ────────────────────────────────────────────────────────────────────────
 
 
@@ -358,3 +377,38 @@ async def test_a_resumed_learner_counts_on(on_stage: OnStage) -> None:
         await eventually(lambda: stage.learner.node.state == "running")
         await eventually(lambda: stage.learner.node.algo.env_steps == 3 * ITEMS)
         await stage.drained()
+
+
+async def test_a_learner_that_is_ahead_of_its_replay_counts_what_is_new(on_stage: OnStage) -> None:
+    """After a kill of both: the replay's checkpoint was the older one."""
+    async with on_stage(asks=False) as stage:
+        await stage.send(0, unrolls=3)
+        await eventually(lambda: stage.learner.node.algo.env_steps == 3 * ITEMS)
+        await stage.learner.drained()
+        await stage.killed(0)
+        await stage.back(0)
+        stage.learner = stage.rig.start("learner-0", life=2)
+        await eventually(lambda: stage.learner.node.state == "running")
+        await eventually(lambda: stage.learner.node.source.shards[0].life)
+        await stage.send(0)
+        await eventually(lambda: stage.learner.node.algo.env_steps == 4 * ITEMS)
+        await stage.drained()
+
+
+async def test_a_draw_that_fails_ends_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no controller is heard, whose every word would wake it."""
+    failing = asyncio.Event()
+
+    async def fill(self: Samples, slot: Slot) -> Slot:
+        await failing.wait()
+        raise UsageError("nothing to draw")
+
+    monkeypatch.setattr(Samples, "fill", fill)
+    async with rig_of(tmp_path, *REPLAY) as rig:
+        learner = rig.start("learner-0")
+        await eventually(lambda: learner.node.state == "running")
+        await asyncio.sleep(0.05)
+        failing.set()
+        with pytest.raises(UsageError):
+            async with asyncio.timeout(PATIENCE_S):
+                await learner.task
