@@ -16,7 +16,7 @@ from ddrl_bus.bench.control import Training
 from ddrl_bus.envs import EnvConfig
 from ddrl_bus.launch.catalog import packaged
 
-ON_POLICY = ("a2c", "a3c", "ga3c", "impala", "appo", "seed", "torchbeast_mono", "torchbeast_poly")
+ON_POLICY = ("a2c", "a3c", "ga3c", "ppo", "impala", "appo", "seed", "torchbeast_mono", "torchbeast_poly")
 REPLAYED = {"apex": 150, "gorila": 100, "r2d2": 60, "seed_r2d2": 60}
 """System → return to reach; random play makes 22."""
 SYSTEMS = (*ON_POLICY, *REPLAYED)

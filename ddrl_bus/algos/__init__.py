@@ -16,13 +16,14 @@ from ddrl_bus.algos.base import Algorithm, Batch
 from ddrl_bus.algos.dqn import Dqn
 from ddrl_bus.algos.impala import Impala
 from ddrl_bus.algos.policy import Acted, Policy
+from ddrl_bus.algos.ppo import Ppo
 from ddrl_bus.algos.r2d2 import R2d2
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import UsageError
 
 __all__ = ["REGISTRY", "Acted", "Algorithm", "Batch", "Policy", "Spaces", "algorithm", "make_policy", "memory"]
 
-REGISTRY: dict[str, type[Algorithm[Any]]] = {cls.name: cls for cls in (A2C, Appo, Dqn, Impala, R2d2)}
+REGISTRY: dict[str, type[Algorithm[Any]]] = {cls.name: cls for cls in (A2C, Appo, Dqn, Impala, Ppo, R2d2)}
 
 
 def algorithm(name: str) -> type[Algorithm[Any]]:

@@ -31,7 +31,10 @@ def make_batch(seed: int = 0, *, dtype: type = np.float32, spaces: Spaces = DISC
         reward=rng.normal(size=(T, B)).astype(dtype),
         terminated=terminated,
         truncated=truncated,
-        record={"policy": 0.5 * rng.normal(size=(T, B, 3 if discrete else 4)).astype(dtype)},
+        record={
+            "policy": 0.5 * rng.normal(size=(T, B, 3 if discrete else 4)).astype(dtype),
+            "value": np.zeros((T, B), dtype),
+        },
         version=np.zeros((T, B), np.int64),
         final_obs=rng.normal(size=(len(index), 4)).astype(dtype),
         final_index=index,

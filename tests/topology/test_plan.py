@@ -259,7 +259,7 @@ def test_a_lock_quotes_what_would_be_read_otherwise(text: str, tmp_path: Path) -
 
 
 IMPALA = {"trajectories", "weights"}
-REFERENCE = dict.fromkeys(["quickstart", "impala", "two-hosts", "a2c", "appo", "torchbeast_mono"], IMPALA)
+REFERENCE = dict.fromkeys(["quickstart", "impala", "two-hosts", "a2c", "appo", "ppo", "torchbeast_mono"], IMPALA)
 REFERENCE |= dict.fromkeys(["ga3c", "seed", "torchbeast_poly"], IMPALA | {"act"})
 REFERENCE |= {"a3c": IMPALA | {"gradients", "parameters"}}
 REFERENCE |= {"apex": IMPALA | {"samples"}, "r2d2": IMPALA | {"samples"}, "seed_r2d2": IMPALA | {"samples", "act"}}
