@@ -103,6 +103,45 @@ class PolicyGradientConfig(AgentConfig):
         self.need(self.reduction in get_args(Reduction), "reduction", f"one of {', '.join(get_args(Reduction))}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class QLearningConfig(AgentConfig):
+    """What rules that learn Q share."""
+
+    n_step: int = 3
+    """n, rows whose rewards a target sums; Ape-X"""
+    target_every: int = 200
+    """updates after which the target network becomes a copy of the network [tuned]: values travel n rows each time.
+    Those of a parameter server where it applies the gradients. Ape-X, R2D2: 2500"""
+    double: bool = True
+    """the network chooses the action that the target network values (van Hasselt et al. 2016); off: the target network
+    does both (DQN, Gorila)"""
+    dueling: bool = True
+    """Q = V + A - mean A (Wang et al. 2016); off: one layer for Q"""
+    epsilon: float = 0.4
+    """ε, probability of an action drawn uniformly; the most that an environment has. Ape-X"""
+    epsilon_spread: float = 7.0
+    """environment i of N explores with ε^(1 + spread · i/(N-1)), for life; Ape-X. 0: all alike"""
+    epsilon_steps: int = 0
+    """env steps over which ε falls linearly from 1 to its value; 0: it has it from the start (Ape-X)"""
+    alpha: float = 0.6
+    """exponent of priorities: drawn with probability ∝ p^α; 0: uniformly. Ape-X"""
+    beta: float = 0.4
+    """exponent of the importance weights that undo it: 1 altogether, 0 not at all. Ape-X"""
+    huber: float = 0.0
+    """|error| beyond which the loss is linear, in learning's units (after `reward_scale`); 0: squares. DQN has 1"""
+    rescale: bool = False
+    """Q is learnt as h(Q) = sign(Q)(√(|Q|+1) - 1) + .001 Q (Pohlen et al. 2018), for returns of any size"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_step", "target_every"):
+            self.need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("epsilon", "alpha", "beta"):
+            self.need(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1")
+        for name in ("epsilon_spread", "epsilon_steps", "huber"):
+            self.need(getattr(self, name) >= 0, name, "a number not below 0")
+
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "reward_clip": get_args(RewardClip),
     "optimizer": get_args(OptimizerName),

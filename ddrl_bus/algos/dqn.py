@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from ddrl_bus.algos import inputs
 from ddrl_bus.algos.base import Array, Batch, Windows
+from ddrl_bus.algos.config import QLearningConfig
 from ddrl_bus.algos.lazy import torch
-from ddrl_bus.algos.q_learning import QLearning, QLearningConfig
+from ddrl_bus.algos.q_learning import QLearning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,9 @@ from torch import nn
 
 from ddrl_bus.algos import inputs
 from ddrl_bus.algos.base import Batch
-from ddrl_bus.algos.config import AgentConfig, PolicyGradientConfig
+from ddrl_bus.algos.config import AgentConfig, PolicyGradientConfig, QLearningConfig
 from ddrl_bus.algos.cores import Core
 from ddrl_bus.algos.inputs import Inputs, State
-from ddrl_bus.algos.q_learning import QLearningConfig
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.algos.torsos import Torso, linear, torso
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from ddrl_bus.algos import inputs
 from ddrl_bus.algos.base import Array, Batch, Windows
-from ddrl_bus.algos.config import Core
+from ddrl_bus.algos.config import Core, QLearningConfig
 from ddrl_bus.algos.lazy import library, torch
-from ddrl_bus.algos.q_learning import QLearning, QLearningConfig
+from ddrl_bus.algos.q_learning import QLearning
 
 
 @dataclass(frozen=True, kw_only=True)

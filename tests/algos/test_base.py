@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from rows import DISCRETE, SMALL, B, T, make_batch
 
 from ddrl_bus.algos import REGISTRY, Algorithm, Batch, memory
-from ddrl_bus.algos.config import AgentConfig, OptimizerName, PolicyGradientConfig
+from ddrl_bus.algos.config import AgentConfig, OptimizerName, PolicyGradientConfig, QLearningConfig
 from ddrl_bus.algos.impala import Impala, ImpalaConfig
 from ddrl_bus.algos.optim import RMSPropCentred, RMSPropTF
 from ddrl_bus.algos.policy_gradient import PolicyGradient
-from ddrl_bus.algos.q_learning import QLearningConfig
 from ddrl_bus.errors import RefusedFileError, UsageError
 
 RULES = sorted(REGISTRY)
