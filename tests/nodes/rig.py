@@ -95,6 +95,10 @@ class Living:
             return self.books.get(what[0], 0)
         return sum(n for name, n in self.books.items() if name.startswith(what[0]) and name.endswith(what[1]))
 
+    async def running(self) -> None:
+        """It answers: what is asked of it before waits until it is asked again."""
+        await eventually(lambda: self.node.state == "running")
+
     async def drained(self) -> None:
         self.stop.set()
         async with asyncio.timeout(PATIENCE_S):

@@ -140,7 +140,7 @@ async def test_drains_at_any_time(tmp_path: Path, publishes: bool) -> None:
         if publishes:
             publish_weights(stage.weights, 1)
             await stage.evaluation(1)
-        await eventually(lambda: stage.evaluator.node.state == "running")
+        await stage.evaluator.running()
         await stage.evaluator.drained()
         assert stage.evaluator.node.state == "stopped"
 

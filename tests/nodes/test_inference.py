@@ -98,7 +98,9 @@ def on_stage(tmp_path: Path) -> OnStage:
             if rig.plan.algo.core != "none":
                 spaces = describe(rig.plan.env)
                 shapes = algos.algorithm(rig.plan.algo_name)(rig.plan.algo, spaces, seed=1).weights()
-            yield Stage(rig, wiring is SEED, shapes, inline)
+            stage = Stage(rig, wiring is SEED, shapes, inline)
+            await stage.inference.running()
+            yield stage
 
     return made
 

@@ -144,7 +144,7 @@ async def test_without_a_controller_it_works(rig: Rig, caplog: pytest.LogCapture
 
 async def test_a_controller_that_comes_late_is_heard(rig: Rig) -> None:
     living = rig.run(Probe(rig, nothing, until_drained))
-    await eventually(lambda: living.node.state == "running")
+    await living.running()
     late = rig.fake_controller()
     late.say(phase="drain", draining=["actor-0"])
     await living.task

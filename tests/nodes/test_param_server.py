@@ -93,7 +93,9 @@ def on_stage(tmp_path: Path) -> OnStage:
     @asynccontextmanager
     async def made(*overrides: str) -> AsyncIterator[Stage]:
         async with rig_of(tmp_path, *WORKERS, f"algo.lr={LR}", *overrides) as rig:
-            yield Stage(rig)
+            stage = Stage(rig)
+            await stage.server.running()
+            yield stage
 
     return made
 
@@ -231,6 +233,7 @@ async def test_an_old_life_is_fenced_by_the_next_server_too(on_stage: OnStage) -
         await stage.push(1, life=2)
         await stage.server.drained()
         stage.server = stage.rig.start("param_server-0", life=2)
+        await stage.server.running()
         assert await stage.verdict(9, life=1) == "fenced"
         assert stage.count("refused/fenced") == 1
         assert await stage.verdict(1, life=2) == "duplicate"
@@ -323,6 +326,7 @@ async def test_it_resumes_where_it_left(on_stage: OnStage) -> None:
         await stage.server.drained()
         before = stage.algo.state()
         stage.server = stage.rig.start("param_server-0", life=2)
+        await stage.server.running()
         assert await stage.verdict(2) == "duplicate"
         assert_equal(stage.algo.state(), before)
         # Of a future that the checkpoint does not know: as far away as one that is as old.
@@ -377,7 +381,10 @@ def on_shards(tmp_path: Path) -> OnShards:
         (folder := tmp_path / str(count)).mkdir()
         settings = (f"algo.lr={LR}", f"nodes.param_server.count={count}")
         async with rig_of(folder, *WORKERS, *settings, *overrides) as rig:
-            yield Shards(rig, count)
+            shards = Shards(rig, count)
+            for server in shards.servers:
+                await server.running()
+            yield shards
 
     return made
 
@@ -441,6 +448,7 @@ async def test_a_shard_comes_back_with_its_own_version(on_shards: OnShards) -> N
         assert [shards.saved(n).values["updates"] for n in (0, 1)] == [3, 1]
         assert shards.saved(0).values["parameters"] == shards.parts[0]
         shards.servers[0] = shards.rig.start("param_server-0", life=2)
+        await shards.servers[0].running()
         assert_equal(await shards.pull(), before)
         assert await shards.push(0, 3, a_gradient(3)) == Parameters(3 * ROWS, 3, "duplicate")
         assert await shards.push(1, 2, a_gradient(2)) == Parameters(2 * ROWS, 2, "applied")

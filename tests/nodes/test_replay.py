@@ -43,7 +43,7 @@ class Stage:
     async def restarted(self) -> None:
         await self.replay.drained()
         self.replay = self.rig.start("replay-0", life=(self.node.epoch >> 32) + 1, inline=self.inline)
-        await eventually(lambda: self.node.state == "running")
+        await self.replay.running()
 
     async def send(self, unrolls: int = 1, **rows: Any) -> None:
         """Unrolls whose observations count on; returns when they are stored."""
@@ -86,7 +86,7 @@ def on_stage(tmp_path: Path) -> OnStage:
         rig = Rig(dataclasses.replace(plan, ipc_dir=tmp_path), tmp_path / "run")
         try:
             stage = Stage(rig, inline=in_process)
-            await eventually(lambda: stage.node.state == "running")
+            await stage.replay.running()
             yield stage
         finally:
             await rig.close()

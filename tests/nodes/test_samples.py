@@ -85,7 +85,7 @@ class Stage:
     async def back(self, shard: int) -> None:
         name = f"replay-{shard}"
         self.shards[name] = self.rig.start(name, life=(self.shards[name].node.epoch >> 32) + 1)
-        await eventually(lambda: self.shards[name].node.state == "running")
+        await self.shards[name].running()
 
     @property
     def source(self) -> Any:
@@ -111,7 +111,8 @@ def on_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnStage:
     async def made(*overrides: str, asks: bool = True) -> AsyncIterator[Stage]:
         async with rig_of(tmp_path, *REPLAY, *overrides) as rig:
             stage = Stage(rig, asks)
-            await eventually(lambda: all(living.node.state == "running" for living in rig.living))
+            for living in rig.living:
+                await living.running()
             yield stage
 
     return made
@@ -374,7 +375,7 @@ async def test_a_resumed_learner_counts_on(on_stage: OnStage) -> None:
         await stage.learner.drained()
         await stage.send(0)
         stage.learner = stage.rig.start("learner-0", life=2)
-        await eventually(lambda: stage.learner.node.state == "running")
+        await stage.learner.running()
         await eventually(lambda: stage.learner.node.algo.env_steps == 3 * ITEMS)
         await stage.drained()
 
@@ -388,7 +389,7 @@ async def test_a_learner_that_is_ahead_of_its_replay_counts_what_is_new(on_stage
         await stage.killed(0)
         await stage.back(0)
         stage.learner = stage.rig.start("learner-0", life=2)
-        await eventually(lambda: stage.learner.node.state == "running")
+        await stage.learner.running()
         await eventually(lambda: stage.learner.node.source.shards[0].life)
         await stage.send(0)
         await eventually(lambda: stage.learner.node.algo.env_steps == 4 * ITEMS)
@@ -406,7 +407,7 @@ async def test_a_draw_that_fails_ends_the_learner(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Samples, "fill", fill)
     async with rig_of(tmp_path, *REPLAY) as rig:
         learner = rig.start("learner-0")
-        await eventually(lambda: learner.node.state == "running")
+        await learner.running()
         await asyncio.sleep(0.05)
         failing.set()
         with pytest.raises(UsageError):
