@@ -14,12 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from ddrl_bus.errors import RefusedFileError
 from ddrl_bus.transport.wire import Array
@@ -39,14 +42,24 @@ class Checkpoint:
     values: Mapping[str, Any]
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int = 3) -> Path:
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """An array that comes in `parts`, one after the other along its first axis, and is in memory one part at a time."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    parts: Iterable[Array]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int = 3, parts: Mapping[str, Parts] | None = None) -> Path:
     """Write it under `folder`, sync it to disk, then delete all but the newest `keep`.
+
+    Args:
+        parts: more of its arrays, written as they come.
 
     Raises:
         OSError: the disk refused; what was there before is untouched.
     """
-    from safetensors.numpy import save as to_bytes
-
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob("tmp-*"):  # of a process that was killed
         shutil.rmtree(left_over, ignore_errors=True)
@@ -54,16 +67,14 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 3) -> Path:
     temporary = folder / f"tmp-{final.name}"
     temporary.mkdir()
     try:
-        data = to_bytes(dict(checkpoint.arrays))
-        digest = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        whole = {name: Parts(array.dtype, array.shape, (array,)) for name, array in checkpoint.arrays.items()}
         manifest = {
             "format": FORMAT,
             "step": checkpoint.step,
             "values": checkpoint.values,
-            "files": {_ARRAYS: digest},
+            "files": {_ARRAYS: _write(temporary / _ARRAYS, _safetensors({**whole, **(parts or {})}))},
         }
-        _write(temporary / _ARRAYS, data)
-        _write(temporary / _MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode())
+        _write(temporary / _MANIFEST, [json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode()])
         _sync(temporary)
         temporary.rename(final)
         _sync(folder)
@@ -138,11 +149,32 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.is_dir() else []
 
 
-def _write(path: Path, data: bytes) -> None:
+def _safetensors(arrays: Mapping[str, Parts]) -> Iterator[bytes | memoryview]:
+    """Their file, bit by bit: the library's own `save` wants all of it in memory, twice. Format: length of the header
+    as u64, header, arrays; see huggingface.co/docs/safetensors."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + math.prod(array.shape) * array.dtype.itemsize
+        kind = "BOOL" if array.dtype.kind == "b" else f"{array.dtype.kind.upper()}{8 * array.dtype.itemsize}"
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    yield len(text).to_bytes(8, "little") + text
+    for array in arrays.values():
+        for part in array.parts:
+            yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+
+
+def _write(path: Path, data: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Size and digest of what was written."""
+    size, digest = 0, hashlib.sha256()
     with path.open("wb") as file:
-        file.write(data)
+        for some in data:
+            size += file.write(some)
+            digest.update(some)
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _sync(folder: Path) -> None:

@@ -7,6 +7,8 @@ DdrlError                    70  something inside went wrong
 ├── RefusedFileError         65  a file or an environment was refused (damaged checkpoint, env that cannot be made)
 │   └── EnvError             65  an environment cannot be made, raised, or broke its declared spaces
 ├── UnreachableError         69  a peer did not answer before its deadline
+│   └── LostReplicaError     69  a replica of a learner did not come to what all do together
+├── DivergedError        70  replicas that must be equal are not
 ├── RemoteError              70  a server refused a request or failed over it; carries its words
 ├── LinkClosedError          70  a link end was used after it closed, or closed under a waiter
 ├── WireError                70  bytes that are not one of our messages; carries the counted reason
@@ -68,6 +70,14 @@ class EnvError(RefusedFileError):
 
 class UnreachableError(DdrlError):
     exit_code = 69
+
+
+class LostReplicaError(UnreachableError):
+    pass
+
+
+class DivergedError(DdrlError):
+    pass
 
 
 class RemoteError(DdrlError):

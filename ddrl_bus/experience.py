@@ -46,6 +46,7 @@ class UnrollSchema:
         state: what an agent carries from step to step.
         overlap: rows with which an unroll ends and the next one begins.
         starts: windows that are replayed, one from each of the first rows; 0 where none are.
+        least: fewest rows of an unroll that ended early; default: none does.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class UnrollSchema:
         state: Shapes | None = None,
         overlap: int = 0,
         starts: int = 0,
+        least: int | None = None,
     ) -> None:
         self.unroll, self.overlap, self.starts = unroll, overlap, starts
+        self.least = unroll if least is None else least
         self.obs = obs
         self._drawn = False
         self.state: dict[str, Spec] = {STATE + name: spec for name, spec in (state or {}).items()}
@@ -74,21 +77,24 @@ class UnrollSchema:
         """Of the windows of `length` rows that a replay node draws from such unrolls: each is a column with versions of
         its own, `version` [length, N], and without what `act` recorded."""
         windows = copy(self)
-        windows.unroll, windows.overlap, windows.starts, windows._drawn = length, 0, 0, True
+        windows.unroll = windows.least = length
+        windows.overlap, windows.starts, windows._drawn = 0, 0, True
         windows.rows = {name: spec for name, spec in self.rows.items() if not name.startswith(RECORD)}
         return windows
 
-    def specs(self, envs: int) -> dict[str, Spec]:
+    def specs(self, envs: int, rows: int | None = None) -> dict[str, Spec]:
         """name → (dtype, shape) of what an unroll of `envs` environments and a batch of as many columns both hold."""
         dtype, shape = self.obs
+        rows = rows or self.unroll
         return {
-            "obs": (dtype, (self.unroll + 1, envs, *shape)),
-            **{name: (dtype, (self.unroll, envs, *shape)) for name, (dtype, shape) in self.rows.items()},
+            "obs": (dtype, (rows + 1, envs, *shape)),
+            **{name: (dtype, (rows, envs, *shape)) for name, (dtype, shape) in self.rows.items()},
             **{name: (dtype, (envs, *shape)) for name, (dtype, shape) in self.state.items()},
         }
 
-    def unroll_specs(self, envs: int) -> dict[str, Spec]:
-        specs = {**self.specs(envs), "version": ("int64", (self.unroll, envs) if self._drawn else (self.unroll,))}
+    def unroll_specs(self, envs: int, rows: int | None = None) -> dict[str, Spec]:
+        rows = rows or self.unroll
+        specs = {**self.specs(envs, rows), "version": ("int64", (rows, envs) if self._drawn else (rows,))}
         return specs if not self.starts else {**specs, PRIORITY: ("float32", (self.starts, envs))}
 
     def layout(self, envs: int) -> Layout:
@@ -101,8 +107,10 @@ class UnrollSchema:
         obs = arrays.get("obs")
         if obs is None or obs.ndim < 2:
             return "schema"
-        envs = obs.shape[1]
-        for name, (dtype, shape) in self.unroll_specs(envs).items():
+        rows, envs = obs.shape[0] - 1, obs.shape[1]
+        if not self.least <= rows <= self.unroll:
+            return "schema"
+        for name, (dtype, shape) in self.unroll_specs(envs, rows).items():
             array = arrays.get(name)
             if array is None or array.shape != shape or array.dtype != dtype:
                 return "schema"
@@ -173,6 +181,13 @@ class Unroll:
         """True final observations of the environments that row t truncated, in the order of `envs`."""
         self._final.append((t, np.asarray(envs, np.int64), obs))
 
+    def cut(self, rows: int) -> None:
+        """Ends it early, after so many rows."""
+        if rows < self.length:
+            timed = {name: array[:rows] for name, array in self.rows.items() if not name.startswith(STATE)}
+            self.arena = Arena.of(Trajectory.KIND, {**self.rows, **timed, "obs": self.rows["obs"][: rows + 1]})
+            self.rows, self.length = self.arena.arrays, rows
+
     def finish(self) -> Arena:
         """The arena to send."""
         if self._priorities is not None:
@@ -222,6 +237,8 @@ class Slot:
     version: Array
     """[T, B] int64: the updates at the weights that chose the action."""
     columns: int = 0
+    length: int = 0
+    """Rows of its unrolls: T, or fewer where they ended early."""
     messages: int = 0
     """Messages whose last column is in here."""
     final: list[tuple[Array, Array]] = field(default_factory=list)
@@ -240,6 +257,11 @@ class Slot:
     def full(self) -> bool:
         return self.columns == self.width
 
+    @property
+    def steps(self) -> int:
+        """Environment steps that it holds."""
+        return self.length * self.columns
+
     def final_rows(self, obs: Spec) -> tuple[Array, Array]:
         """(final_index [K], final_obs [K, ...]) of the whole batch; K may be 0."""
         if not self.final:
@@ -247,7 +269,7 @@ class Slot:
         return np.concatenate([i for i, _ in self.final]), np.concatenate([o for _, o in self.final])
 
     def clear(self) -> None:
-        self.columns = self.messages = self.env_steps = 0
+        self.columns = self.length = self.messages = self.env_steps = 0
         self.final = []
         self.weight = self.errors = None
 
@@ -282,9 +304,10 @@ class BatchSlots:
             if name in self.schema.state:
                 rows[to] = arrays[name][start:stop]
             else:
-                rows[:, to] = arrays[name][:, start:stop]
+                rows[: len(arrays[name]), to] = arrays[name][:, start:stop]
         version = arrays["version"]
-        slot.version[:, to] = version[:, None] if version.ndim == 1 else version[:, start:stop]
+        slot.length = len(version)
+        slot.version[: slot.length, to] = version[:, None] if version.ndim == 1 else version[:, start:stop]
         self._copy_final(slot, arrays, envs, start, stop)
         slot.columns += stop - start
         if stop == envs:

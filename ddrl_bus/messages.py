@@ -6,7 +6,7 @@ node never sees a message of the wrong shape.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -128,6 +128,57 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class Vote:
+    """What a learner tells the other replicas: always the whole truth, so that the newest one is enough."""
+
+    KIND: ClassVar[str] = "vote"
+    generation: int
+    """Of the group that it is in."""
+    ready: int
+    """It has a batch for each update up to this one, and goes through with them."""
+    rows: int
+    """Environment steps of the batch of its next update."""
+    held: bool
+    """It promises no more updates for now."""
+    digests: list[tuple[int, int]] = field(default_factory=list)
+    """(update, digest of its parameters after that) of the last few."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """A learner tells its actor how many workers have played their rollouts for an update."""
+
+    KIND: ClassVar[str] = "tally"
+    update: int
+    done: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Learners that train as one. The controller alone says who they are, so that there are never two such groups."""
+
+    generation: int
+    """Counts groups."""
+    members: dict[str, int]
+    """Learner → its life, in the order of their ranks; the first leads: it publishes weights and saves."""
+    store: str
+    """Where they meet: host:port at the first member."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """What the controller must know of a learner to put it into a group."""
+
+    store: str
+    """Where others could meet here: host:port."""
+    group: Group | None = None
+    """That it is in."""
+    broken: int = 0
+    """Generation of the last group that failed it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The mean return of pinned weights, played with exploration off unless the topology says otherwise."""
 
@@ -162,6 +213,7 @@ class Progress:
     """Life → ledger of an earlier life of this node that the controller may not know to its end: it may have died."""
     gauges: dict[str, float] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    replica: Replica | None = None
     done: str | None = None
     """Why this node finished its share of the run (`steps`), if it did."""
     error: str | None = None
@@ -178,6 +230,8 @@ class Control:
     draining: list[str] = field(default_factory=list)
     """Nodes that shall flush what they hold, report and leave."""
     reason: str = ""
+    group: Group | None = None
+    """Learners that train as one, where there are several."""
 
 
 STATUS: str = "status"
@@ -188,22 +242,34 @@ STOP: str = "stop"
 PULL: str = "pull"
 """Request to the parameter server: answers with `Parameters`, verdict `pulled`."""
 
-M = TypeVar("M", Trajectory, Weights, Act, Actions, Gradient, Parameters, Sample, Sampled, Progress, Control)
+M = TypeVar(
+    "M", Trajectory, Weights, Act, Actions, Gradient, Parameters, Sample, Sampled, Vote, Tally, Progress, Control
+)
 
 
 _CLASSES: tuple[type[Any], ...] = M.__constraints__
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in _CLASSES}
-_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Evaluation)}
+_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in _CLASSES}
 
 
 def fields_of(
-    message: Trajectory | Weights | Act | Actions | Gradient | Parameters | Sample | Sampled | Progress | Control,
+    message: Trajectory
+    | Weights
+    | Act
+    | Actions
+    | Gradient
+    | Parameters
+    | Sample
+    | Sampled
+    | Vote
+    | Tally
+    | Progress
+    | Control,
 ) -> dict[str, Any]:
     """The map of scalars that travels for `message`."""
-    values = {name: getattr(message, name) for name in _NAMES[type(message)]}
-    if isinstance(message, Progress) and message.evaluation is not None:
-        values["evaluation"] = {name: getattr(message.evaluation, name) for name in _NAMES[Evaluation]}
-    return values
+    if isinstance(message, Progress | Control):  # they hold dataclasses; these are seldom sent
+        return asdict(message)
+    return {name: getattr(message, name) for name in _NAMES[type(message)]}
 
 
 def parse(cls: type[M], message: Message) -> M:

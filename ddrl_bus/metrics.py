@@ -18,12 +18,13 @@ from ddrl_bus.transport.ledger import Counter, Ledger
 
 WORK: Final = ("env", "forward", "record", "draw", "learn", "evaluate")
 """What the same loop without a bus would spend as well."""
-COMMUNICATION: Final = ("pack", "send", "unpack", "handoff")
+COMMUNICATION: Final = ("pack", "send", "unpack", "handoff", "all_reduce")
 """What the bus adds: encoding, handing over, decoding and loading, and the rest of the time in which the node's thread
-stood idle without waiting for a peer (`idle` in the ledger, less the waits)."""
-WAITS: Final = ("send_wait", "queue_wait", "weights_wait", "act_wait", "requests_wait")
+stood idle without waiting for a peer (`idle` in the ledger, less the waits); of replicas, summing their gradients, which
+the ledger counts within `learn` too."""
+WAITS: Final = ("send_wait", "queue_wait", "weights_wait", "act_wait", "requests_wait", "replicas_wait")
 """Waiting because a peer is the bottleneck: no credit left, no batch full yet, no newer weights yet, no actions yet, no
-requests to answer."""
+requests to answer, no other replica ready yet."""
 
 
 class Clock:
@@ -80,6 +81,7 @@ def shares(counters: Mapping[str, int], before: Mapping[str, int] | None = None)
         what: counters.get(f"time/{what}", 0) - before.get(f"time/{what}", 0)
         for what in (*WORK, *COMMUNICATION, *WAITS, "idle")
     }
+    spent["learn"] -= spent["all_reduce"]
     waited = sum(spent[what] for what in WAITS)
     spent["handoff"] = max(0, spent.pop("idle") - waited)
     busy = sum(spent.values()) - waited

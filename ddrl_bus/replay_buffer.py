@@ -9,7 +9,7 @@ a segment's observations: each frame is stored once, and those before any row ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +27,8 @@ Allocate = Callable[[dict[str, Spec]], Mapping[str, Array]]
 EPSILON: Final = 1e-6
 """Added to priorities, so that an error of 0 can be drawn again [OpenAI baselines]."""
 _FRAMES: Final = STATE + "frames"
+_READ_BYTES: Final = 8 << 20
+"""Of a snapshot's observations, at a time."""
 
 
 class ReplayBuffer:
@@ -52,25 +54,32 @@ class ReplayBuffer:
             raise UsageError(f"{', '.join(states)} is known before row 0 alone, but windows start at {starts} rows")
         self.schema, self.rows, self.starts, self.alpha = schema, rows, starts, alpha
         self.length = schema.unroll
+        self._steps = np.arange(self.length + 1)[:, None]
         self.segments = -(-capacity // starts)
         self.capacity = self.segments * starts
         self.next_id = 0
         """Number of the next item, and how many there ever were."""
         self.frames = schema.state[_FRAMES][1][0] if _FRAMES in schema.state else 0
-        self._states = list(states)
-        specs = {"obs": (self.frames + rows + 1, *schema.obs), "version": (rows, "int64", ())}
-        specs |= {name: (rows, *spec) for name, spec in schema.rows.items()}
-        specs |= {name: (1, *spec) for name, spec in states.items()}
-        self._ring = {
-            name: np.zeros((self.segments, each, *shape), dtype) for name, (each, dtype, shape) in specs.items()
+        self._places = self.frames + rows + 1  # of a segment: one index serves observations, frames and rows
+        dtype, shape = schema.obs
+        obs = np.zeros((self.segments, self._places, *shape), dtype)
+        fields = [("version", "int64", ()), *((name, *spec) for name, spec in schema.rows.items())]
+        side_by_side = np.zeros(obs.shape[:2], np.dtype(fields, align=True))  # a row is fetched at once, from far away
+        self._ring: dict[str, Array] = {
+            "obs": obs,
+            **{name: side_by_side[name][:, self.frames : -1] for name, *_ in fields},
+            **{name: np.zeros((self.segments, *shape), dtype) for name, (dtype, shape) in states.items()},
         }
-        self._values = {name: _values(array, 2) for name, array in self._ring.items()}
-        """[segments, each]: views of the ring"""
-        self._flat = {name: array.ravel() for name, array in self._values.items()}
+        """name → [segments, ...]"""
+        self._values = {name: _values(array, 1 if name in states else 2) for name, array in self._ring.items()}
+        self._states = list(states)
+        self._obs, self._rows = self._values["obs"].ravel(), side_by_side.ravel()
+        """[place]"""
         self._final: dict[int, Array] = {}
-        """segment·rows + row of each truncated row → true final observation"""
+        """place of each truncated row → true final observation"""
         self._bits = np.random.SFC64(seed)
         self._tree = SumTree(self.capacity, np.random.Generator(self._bits))
+        self._snapshot: Snapshot | None = None
 
     @property
     def items(self) -> int:
@@ -81,6 +90,12 @@ class ReplayBuffer:
         """Sum of what the items are drawn in proportion to."""
         return self._tree.total
 
+    @property
+    def room(self) -> float:
+        """Items from this number on must not be added yet: a snapshot has yet to read those that they would replace."""
+        snapshot = self._snapshot  # another thread may release it
+        return math.inf if snapshot is None else snapshot.unread + self.capacity
+
     # ---- in
 
     def add(self, arrays: Mapping[str, Array]) -> int:
@@ -89,11 +104,13 @@ class ReplayBuffer:
         Args:
             arrays: of a trajectory message of N environments that was checked, with `priority` [starts, N] ≥ 0.
 
-        Raises: UsageError if there are more columns than segments.
+        Raises: UsageError if there are more columns than segments, or than are free of a snapshot.
         """
         columns = int(arrays["obs"].shape[1])
         if columns > self.segments:
             raise UsageError(f"an unroll of {columns} columns came, but there is room for {self.segments}")
+        if self.next_id + columns * self.starts > self.room:
+            raise UsageError("an unroll came that would overwrite what a snapshot has yet to read")
         evicted = max(0, self.items + columns * self.starts - self.capacity)
         segment = self.next_id // self.starts % self.segments
         before_end = min(columns, self.segments - segment)
@@ -105,14 +122,13 @@ class ReplayBuffer:
 
     def _write(self, segment: int, arrays: Mapping[str, Array], columns: slice) -> None:
         to = slice(segment, segment + columns.stop - columns.start)
-        flat = segment * self.rows
-        for gone in np.flatnonzero(self._ring["truncated"][to]).tolist():
-            del self._final[flat + gone]
+        for place in self._truncated(np.arange(to.start, to.stop)).tolist():
+            del self._final[place]
         for name, ring in self._values.items():
             if name == "version":
                 ring[to] = arrays[name]
             elif name in self._states:
-                ring[to, 0] = _values(arrays[name], 1)[columns]
+                ring[to] = _values(arrays[name], 1)[columns]
             elif name == "obs":
                 ring[to, self.frames :] = _values(arrays[name], 2)[:, columns].T
             else:
@@ -126,8 +142,8 @@ class ReplayBuffer:
     def _write_final(self, segment: int, arrays: Mapping[str, Array], columns: slice) -> None:
         row, column = np.divmod(arrays["final_index"], arrays["obs"].shape[1])
         here = (column >= columns.start) & (column < columns.stop)
-        flat = (segment + column[here] - columns.start) * self.rows + row[here]
-        self._final.update(zip(flat.tolist(), arrays["final_obs"][here], strict=True))
+        place = (segment + column[here] - columns.start) * self._places + self.frames + row[here]
+        self._final.update(zip(place.tolist(), arrays["final_obs"][here], strict=True))
 
     # ---- out
 
@@ -140,23 +156,24 @@ class ReplayBuffer:
         Raises: UsageError if there are none.
         """
         leaf = self._tree.sample(count)
-        segment, start = np.divmod(leaf, self.starts)
-        row = segment * self.rows + start + np.arange(self.length)[:, None]
-        truncated = self._flat["truncated"].take(row)
-        ended = np.flatnonzero(truncated)
+        segment = leaf // self.starts
+        first = segment * (self._places - self.starts) + leaf + self.frames
+        place = first + self._steps
+        rows = self._rows.take(place[:-1], mode="clip")  # "raise" would buffer what is taken
+        ended = np.flatnonzero(rows["truncated"])
         out = allocate(self.specs(count, len(ended)))
         for name in ("version", *self.schema.rows):
-            self._gather(name, row, out[name])
+            _values(out[name], 2)[...] = _values(rows[name], 2)
         for name in self._states:
-            self._gather(name, segment, out[name])
-        first = segment * self._ring["obs"].shape[1] + start
-        self._gather("obs", first + self.frames + np.arange(self.length + 1)[:, None], out["obs"])
+            self._values[name].take(segment, out=_values(out[name], 1), mode="clip")
+        self._obs.take(place, out=_values(out["obs"], 2), mode="clip")
         if self.frames:
-            self._gather("obs", first[:, None] + np.arange(self.frames), out[_FRAMES])
-            out[_FRAMES][self._of_earlier_episodes(row[0], start)] = 0
+            before = first[:, None] + np.arange(-self.frames, 0)
+            self._obs.take(before, out=_values(out[_FRAMES], 2), mode="clip")
+            out[_FRAMES][self._of_earlier_episodes(before)] = 0
         if len(ended):
             out["final_index"][...] = ended
-            for to, key in zip(out["final_obs"], row.ravel()[ended].tolist(), strict=True):
+            for to, key in zip(out["final_obs"], place.ravel()[ended].tolist(), strict=True):
                 to[...] = self._final[key]
         rounds, newest = divmod(self.next_id, self.capacity)
         out["id"][...] = leaf + self.capacity * (rounds - (leaf >= newest))
@@ -175,17 +192,19 @@ class ReplayBuffer:
             **(finals if final else {}),
         }
 
-    def _gather(self, name: str, index: NDArray[np.int64], out: Array) -> None:
-        self._flat[name].take(index, out=_values(out, index.ndim), mode="clip")  # "raise" would buffer
-
-    def _of_earlier_episodes(self, row: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """[count, frames]: whether an episode ended between a frame and the row `start` of its segment."""
-        back = np.arange(self.frames, 0, -1)
-        before = row[:, None] - back
-        ends = [self._flat[name].take(before, mode="clip") for name in ("terminated", "truncated")]
-        ended = (ends[0] | ends[1]) & (start[:, None] >= back)
+    def _of_earlier_episodes(self, before: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[count, frames]: whether an episode ended between the frame of that place and the last of its row; what lies
+        in front of a segment's rows ends none."""
+        rows = self._rows.take(before, mode="clip")
+        ended = rows["terminated"] | rows["truncated"]
         earlier: NDArray[np.bool_] = np.logical_or.accumulate(ended[:, ::-1], axis=1)[:, ::-1]
         return earlier
+
+    def _truncated(self, segments: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places of the truncated rows of these segments, in their order."""
+        n, row = self._ring["truncated"][segments].nonzero()
+        place: NDArray[np.int64] = segments[n] * self._places + self.frames + row
+        return place
 
     # ---- priorities
 
@@ -208,42 +227,81 @@ class ReplayBuffer:
 
     # ---- state
 
-    def state(self) -> dict[str, Array]:
-        """Contents, priorities, numbers and the generator, as a flat mapping. Large arrays are views: copy or write
-        them before anything is added."""
+    def snapshot(self) -> Snapshot:
+        """The contents of this instant, to be written while the buffer goes on; `release` it then."""
         filled = self.items // self.starts
-        final = list(self._final.values())
-        return {
-            **{f"ring.{name}": array[:filled] for name, array in self._ring.items()},
-            "leaves": self._tree.values(slice(0, self.items)),
-            "final.row": np.array(list(self._final), np.int64),
+        oldest = self.next_id // self.starts - filled
+        segment = (oldest + np.arange(filled)) % self.segments
+        final = [self._final[place] for place in self._truncated(segment).tolist()]
+        arrays = {
+            **{f"ring.{name}": array[segment] for name, array in self._ring.items() if name != "obs"},
+            "leaves": self._tree.values(slice(0, self.capacity)).reshape(-1, self.starts)[segment],
             "final.obs": np.stack(final) if final else np.empty((0, *self.schema.obs[1]), self.schema.obs[0]),
             "next_id": np.array([self.next_id], np.int64),
             "rng": self._bits.state["state"]["state"].copy(),
         }
+        self._snapshot = Snapshot(arrays, self._ring["obs"], oldest, filled, self.starts)
+        return self._snapshot
+
+    def release(self) -> None:
+        """Of the snapshot nothing more is read; any thread may say so."""
+        self._snapshot = None
 
     def load_state(self, state: Mapping[str, Array]) -> None:
-        """Continue from `state()`, bit-equal.
+        """Continue from a snapshot, bit-equal: from its `arrays`, and as `ring.obs` its `obs`.
 
         Raises: RefusedFileError if it belongs to a buffer of other settings; nothing is changed then.
         """
         next_id = int(state["next_id"][0]) if "next_id" in state else 0
         filled = min(next_id // self.starts, self.segments)
+        oldest = next_id // self.starts - filled
         expected = {
             f"ring.{name}": (array.dtype.name, (filled, *array.shape[1:])) for name, array in self._ring.items()
         }
-        expected["leaves"] = ("float64", (filled * self.starts,))
+        expected["leaves"] = ("float64", (filled, self.starts))
+        dtype, shape = self.schema.obs
+        expected["final.obs"] = (dtype, (np.count_nonzero(state.get("ring.truncated", ())), *shape))
         found = {name: (state[name].dtype.name, state[name].shape) for name in expected if name in state}
-        if found != expected or not state.keys() >= {"final.row", "final.obs", "rng"}:
+        if found != expected or "rng" not in state:
             raise RefusedFileError(f"replay contents do not fit these settings: found {found}, expected {expected}")
+        segment = (oldest + np.arange(filled)) % self.segments
         for name, ring in self._ring.items():
-            ring[:filled] = state[f"ring.{name}"]
+            ring[segment] = state[f"ring.{name}"]
         self._ring["truncated"][filled:] = False
-        self._tree.set_range(0, np.zeros(self.capacity))
-        self._tree.set_range(0, state["leaves"])
-        self._final = dict(zip(state["final.row"].tolist(), state["final.obs"].copy(), strict=True))
+        leaves = np.zeros((self.segments, self.starts))
+        leaves[segment] = state["leaves"]
+        self._tree.set_range(0, leaves.ravel())
+        self._final = dict(zip(self._truncated(segment).tolist(), state["final.obs"].copy(), strict=True))
         self.next_id = next_id
         self._bits.state = {**self._bits.state, "state": {"state": state["rng"]}}
+
+
+class Snapshot:
+    """The contents of one instant, oldest segment first, for another thread to write while the buffer goes on.
+
+    `arrays` are copies. Observations, the bulk of what images take, are read where they lie: from the oldest on, which
+    is the order in which new ones overwrite them, and `ReplayBuffer.add` keeps behind the reader, at `unread`.
+    """
+
+    def __init__(self, arrays: dict[str, Array], ring: Array, oldest: int, filled: int, starts: int) -> None:
+        self.arrays = arrays
+        self.dtype, self.shape = ring.dtype, (filled, *ring.shape[1:])
+        """of the observations"""
+        self._ring, self._starts = ring, starts
+        self._oldest, self._newest = oldest, oldest + filled
+        self.unread: float = oldest * starts
+        """Number of the first item that is not read yet."""
+
+    def obs(self) -> Iterator[Array]:
+        """The observations [segments, rows, ...], some at a time; each is done with when the next is asked for."""
+        segments, at_once = len(self._ring), max(1, _READ_BYTES // self._ring[0].nbytes)
+        segment = self._oldest
+        while segment < self._newest:
+            place = segment % segments
+            stop = min(place + at_once, segments, place + self._newest - segment)
+            yield self._ring[place:stop]
+            segment += stop - place
+            self.unread = segment * self._starts
 
 
 def _values(array: Array, dims: int) -> Array:

@@ -63,6 +63,14 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert_same(checkpoint.load(path), state(640))
 
 
+def test_an_array_in_parts_is_one_array(tmp_path: Path) -> None:
+    """And whatever order its bytes lie in where it is."""
+    whole = np.arange(70, dtype=np.float64).reshape(10, 7)
+    parts = {"ring": checkpoint.Parts(whole.dtype, whole.shape, (whole[:4], whole[4:4], np.asfortranarray(whole[4:])))}
+    found = checkpoint.load(checkpoint.save(tmp_path, state(3), parts=parts))
+    assert_same(found, Checkpoint(3, {**state(3).arrays, "ring": whole}, state(3).values))
+
+
 def test_none_at_all_is_none(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "nowhere") is None
     (tmp_path / "tmp-000000000005-1").mkdir()

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contents import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddrl_bus import replay_buffer
 from ddrl_bus.errors import RefusedFileError, UsageError
 from ddrl_bus.experience import UnrollSchema
 from ddrl_bus.replay_buffer import EPSILON, ReplayBuffer, Spec
@@ -120,8 +122,8 @@ def test_windows_are_those_of_the_twin(shape: dict[str, Any], ends: float) -> No
         newest = len(twin.segments) * shape["starts"]
         assert sampled["id"].min() >= newest - buffer.capacity
         assert buffer.next_id == newest
-        state = buffer.state()
-        assert sorted(state["final.row"].tolist()) == np.flatnonzero(state["ring.truncated"]).tolist()
+        state = contents(buffer)
+        assert len(state["final.obs"]) == state["ring.truncated"].sum() == len(buffer._final)
 
 
 def test_the_oldest_go_first() -> None:
@@ -209,7 +211,7 @@ def test_a_restored_buffer_goes_on_as_if_nothing_had_happened(
         buffer.add(twin.unroll(envs))
         buffer.update(twin.rng.integers(0, buffer.next_id, 5), twin.rng.random(5))
 
-    again.load_state({name: array.copy() for name, array in buffer.state().items()})
+    again.load_state(contents(buffer))
     for envs in [*after, 1]:
         unroll = twin.unroll(envs)
         assert buffer.add(unroll) == again.add(unroll)
@@ -218,9 +220,43 @@ def test_a_restored_buffer_goes_on_as_if_nothing_had_happened(
         twin.check(theirs)
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    ours, theirs = buffer.state(), again.state()
+    ours, theirs = contents(buffer), contents(again)
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("before", [2, 4, 5, 12], ids=["half full", "full", "just over", "several times round"])
+def test_a_snapshot_is_of_its_instant_however_slowly_it_is_read(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    """Unrolls are added wherever they may be, priorities change and items are drawn between any two parts."""
+    monkeypatch.setattr(replay_buffer, "_READ_BYTES", 1)
+    twin = Replayed(rows=7, length=3, starts=5, stack=4)
+    buffer, again = twin.buffer(8 * 5), twin.buffer(8 * 5)
+    for _ in range(before):
+        buffer.add(twin.unroll(2))
+    expected = contents(buffer)
+
+    snapshot, read, added = buffer.snapshot(), [], 0
+    for part in snapshot.obs():
+        while buffer.next_id + 5 <= buffer.room:
+            buffer.add(twin.unroll(1, ends=2.0))
+            added += 1
+        with pytest.raises(UsageError, match="yet to read"):
+            buffer.add(twin.unroll(1))
+        twin.segments.pop()
+        buffer.update(np.arange(buffer.next_id), np.full(buffer.next_id, 9.0))
+        buffer.sample(10, allocate)
+        read.append(part.copy())
+    buffer.add(twin.unroll(1))
+    buffer.release()
+    buffer.add(twin.unroll(8))
+
+    found = {**snapshot.arrays, "ring.obs": np.concatenate(read)}
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert added == 7
+    again.load_state(found)
+    assert (again.next_id, len(read)) == (before * 10, min(2 * before, 8))
+    twin.check(again.sample(40, allocate))
+    twin.check(buffer.sample(40, allocate))
 
 
 def test_the_state_of_another_buffer_is_refused() -> None:
@@ -228,7 +264,7 @@ def test_the_state_of_another_buffer_is_refused() -> None:
     buffer, smaller = twin.buffer(15), twin.buffer(6)
     buffer.add(twin.unroll(3))
 
-    for state in (buffer.state(), {}):
+    for state in (contents(buffer), {}):
         with pytest.raises(RefusedFileError, match="do not fit"):
             smaller.load_state(state)
         assert smaller.items == 0

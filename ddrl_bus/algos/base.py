@@ -116,6 +116,9 @@ class Algorithm(ABC, Generic[ConfigT]):
         self.device = torch_device(device)
         self.updates = 0
         self.env_steps = 0
+        self.gradient_steps = 0  # the optimiser's: one or more an update
+        self.all_reduce: Callable[[torch.Tensor], None] | None = None
+        """Sums a tensor in place over all replicas that train together; None where there is one."""
         self.generator = torch.Generator().manual_seed(seed)
         self.net: Any = self.network(config, spaces, self.generator).to(self.device)
         self._params = list(self.net.parameters())
@@ -167,6 +170,11 @@ class Algorithm(ABC, Generic[ConfigT]):
         return memory.spec(config, spaces)
 
     @classmethod
+    def least_rows(cls, config: ConfigT) -> int:
+        """Fewest rows of an unroll that may end early; `unroll` where none may."""
+        return int(config.unroll)
+
+    @classmethod
     def windows(cls, config: ConfigT) -> Windows | None:
         """What a replay node keeps for this rule; None for one that learns from unrolls as they come."""
         return None
@@ -208,7 +216,7 @@ class Algorithm(ABC, Generic[ConfigT]):
         for each in self.passes(batch):
             tensors = self._backward(each)
             self._descend()
-        self._count(batch.reward.numel() if env_steps is None else env_steps)
+        self.count(batch.reward.numel() if env_steps is None else env_steps)
         return {} if (self.updates - 1) % self.report_every else _means(tensors)
 
     def gradients(self, batch: Batch) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
@@ -235,27 +243,58 @@ class Algorithm(ABC, Generic[ConfigT]):
         for name, p in params.items():
             p.grad = torch.tensor(gradients[name], device=self.device) if name in gradients else None
         self._descend()
-        self._count(env_steps)
+        self.count(env_steps)
 
     def load(self, weights: Mapping[str, NDArray[Any]], updates: int = 0) -> None:
         """Takes `weights` as another instance gave them out after so many updates."""
         self.net.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
 
     def _backward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Leaves the gradient, clipped to a global norm, in the parameters; returns what is worth reporting."""
+        """Leaves the gradient, of all replicas and clipped to a global norm, in the parameters; returns what is worth
+        reporting."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, report = self.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._pool_gradients(batch.reward.numel())
         norm = torch.nn.utils.clip_grad_norm_(self._params, self.config.max_grad_norm)
         return {"loss": loss, **report, "grad_norm": norm}
+
+    def pooled(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the rows of all replicas, from those over our own."""
+        if self.all_reduce is not None:
+            self.all_reduce(sums := sums.clone())
+        return sums
+
+    def _pool_gradients(self, rows: int) -> None:
+        """Makes the gradients that the parameters hold, of the loss over `rows` of ours, those of the loss over the
+        rows of all replicas; in one piece, for many small ones take longer."""
+        if self.all_reduce is None:
+            return
+        held = [p for p in self._params if p.grad is not None]
+        flat = torch.cat([p.grad.reshape(-1) for p in held] + [held[0].new_full((1,), rows)])
+        gradients = flat[:-1]
+        if self.mean_loss:
+            gradients *= rows
+        self.all_reduce(flat)
+        if self.mean_loss:
+            gradients /= flat[-1]
+        for p, gradient in zip(held, torch.split(gradients, [p.numel() for p in held]), strict=True):
+            p.grad = gradient.view_as(p)
+
+    @property
+    def mean_loss(self) -> bool:
+        """Whether `loss` is a mean over rows, and no sum."""
+        return True
 
     def _descend(self) -> None:
         """Applies the gradient that the parameters hold."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
+        self.gradient_steps += 1
 
-    def _count(self, env_steps: int) -> None:
+    def count(self, env_steps: int) -> None:
+        """An update is over, and counts for `env_steps`."""
         self.updates += 1
         self.env_steps += env_steps
 
@@ -270,6 +309,14 @@ class Algorithm(ABC, Generic[ConfigT]):
         """A float32 snapshot of the network under the names of its state_dict."""
         return {k: v.detach().float().cpu().numpy().copy() for k, v in self.net.state_dict().items()}
 
+    def digest(self) -> int:
+        """64 bits of the parameters: replicas whose parameters differ in a bit have, but for a coincidence, others."""
+        with torch.no_grad():
+            flat = torch.cat([p.reshape(-1) for p in self._params] + [self._params[0].new_zeros(1)])
+            bits = flat[: len(flat) // 2 * 2].view(torch.int64)
+            places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd: no single change is lost mod 2^64
+            return int((bits * places).sum())
+
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything that the next update depends on: network, optimiser, generator and counters, as a flat mapping."""
         arrays = {
@@ -280,7 +327,7 @@ class Algorithm(ABC, Generic[ConfigT]):
         for index, slots in self.optimizer.state_dict()["state"].items():
             arrays |= {f"optimizer.{index}.{name}": _numpy(value) for name, value in slots.items()}
         arrays["rng"] = _numpy(self.generator.get_state())
-        arrays["counters"] = np.array([self.updates, self.env_steps], np.int64)
+        arrays["counters"] = np.array([self.updates, self.env_steps, self.gradient_steps], np.int64)
         return arrays
 
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -312,7 +359,7 @@ class Algorithm(ABC, Generic[ConfigT]):
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.generator.set_state(torch.tensor(state["rng"]))
-        self.updates, self.env_steps = (int(n) for n in state["counters"])
+        self.updates, self.env_steps, self.gradient_steps = (int(n) for n in state["counters"])
 
 
 def torch_device(name: str) -> torch.device:

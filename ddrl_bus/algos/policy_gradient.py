@@ -28,6 +28,10 @@ class PolicyGradient(Algorithm[ConfigT]):
         super().__init__(config, spaces, seed=seed, device=device)
         self.head: Head = head_of(spaces)
 
+    @property
+    def mean_loss(self) -> bool:
+        return bool(self.config.reduction == "mean")
+
     @classmethod
     def record(cls, config: ConfigT, spaces: Spaces) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {"policy": ("float32", (head_of(spaces).width,))}

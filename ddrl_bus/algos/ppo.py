@@ -14,7 +14,8 @@ after Huang et al. 2022, "The 37 Implementation Details of PPO", and its code, C
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -60,6 +61,11 @@ class PpoConfig(PolicyGradientConfig):
     kl_stop: float = 0.0
     """KL(π_old ‖ π) in nats, of an epoch's last minibatch, above which the update leaves its other epochs out. 0:
     never, as CleanRL; Spinning Up has .015"""
+    preempt: float = 0.0
+    """share of the workers that must have played their rollouts for the others to end theirs early, with links.tally.
+    DD-PPO has .6; 0: never"""
+    preempt_after: float = 0.25
+    """share of its rollout that a worker plays in any case; habitat-lab"""
     entropy_cost: float = 0.01
     """weight of the policy's entropy, per nat, against normalised advantages; CleanRL. Less where advantage_norm is
     none: then it is against scaled rewards"""
@@ -72,6 +78,8 @@ class PpoConfig(PolicyGradientConfig):
         self.need(1 <= self.minibatches <= self.batch, "minibatches", f"from 1 to batch, {self.batch}")
         self.need(0 < self.clip < 1, "clip", "a number above 0 and below 1")
         self.need(0 <= self.gae_lambda <= 1, "gae_lambda", "a number from 0 to 1")
+        self.need(0 <= self.preempt <= 1, "preempt", "a number from 0 to 1")
+        self.need(0 < self.preempt_after <= 1, "preempt_after", "a number above 0 and at most 1")
         for name in ("value_clip", "kl_stop"):
             self.need(getattr(self, name) >= 0, name, "a number not below 0")
         norms = get_args(AdvantageNorm)
@@ -79,8 +87,7 @@ class PpoConfig(PolicyGradientConfig):
 
 
 class Ppo(PolicyGradient[PpoConfig]):
-    """Whatever learners that train together must agree on goes through `_pooled` and `_pool_gradients`, and each of
-    them comes there equally often."""
+    """Replicas that train together come equally often to what they pool: gradients, moments of advantages, the KL."""
 
     name = "ppo"
     Config = PpoConfig
@@ -92,6 +99,10 @@ class Ppo(PolicyGradient[PpoConfig]):
     def __init__(self, config: PpoConfig, spaces: Spaces, *, seed: int, device: str = "cpu") -> None:
         super().__init__(config, spaces, seed=seed, device=device)
         self._kl = torch.zeros(1)  # [T, B] of the newest minibatch
+
+    @classmethod
+    def least_rows(cls, config: PpoConfig) -> int:
+        return math.ceil(config.preempt_after * config.unroll) if config.preempt else config.unroll
 
     @classmethod
     def record(cls, config: PpoConfig, spaces: Spaces) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -116,8 +127,8 @@ class Ppo(PolicyGradient[PpoConfig]):
         for epoch in range(config.epochs):
             if epoch and config.kl_stop and self._mean(self._kl) > config.kl_stop:
                 return
-            for minibatch in self._minibatches(batch):
-                yield self._normalised(minibatch) if config.advantage_norm == "minibatch" else minibatch
+            minibatches = self._minibatches(batch)
+            yield from self._normalised(minibatches) if config.advantage_norm == "minibatch" else minibatches
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Of a minibatch of `passes`."""
@@ -164,45 +175,28 @@ class Ppo(PolicyGradient[PpoConfig]):
             lam=config.gae_lambda,
         )
         batch = replace(batch, record=batch.record | {"advantage": advantage, "target": advantage + value})
-        return self._normalised(batch) if config.advantage_norm == "batch" else batch
+        return self._normalised([batch])[0] if config.advantage_norm == "batch" else batch
 
-    def _minibatches(self, batch: Batch) -> Iterator[Batch]:
+    def _minibatches(self, batch: Batch) -> list[Batch]:
         """Always `minibatches` of them, of all rows of columns drawn without replacement."""
         order = torch.randperm(batch.reward.shape[1], generator=self.generator).to(self.device)
-        for columns in order.tensor_split(self.config.minibatches):
-            yield _of_columns(batch, columns)
+        return [_of_columns(batch, columns) for columns in order.tensor_split(self.config.minibatches)]
 
-    def _normalised(self, batch: Batch) -> Batch:
-        advantage = batch.record["advantage"]
-        x = advantage.double()  # sums of squares cancel
-        total, squares, n = self._pooled(torch.stack([x.sum(), x.square().sum(), torch.ones_like(x).sum()]))
-        variance = (squares - total * total / n) / (n - 1).clamp(min=1)
-        normal = (x - total / n) / (variance.clamp(min=0).sqrt() + 1e-8)
-        return replace(batch, record=batch.record | {"advantage": normal.to(advantage.dtype)})
-
-    # ---- what learners that train together agree on; here there is one
-
-    def _pooled(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sums over the rows of all learners, from those over our own."""
-        return sums
-
-    def _pool_gradients(self, rows: int) -> None:
-        """Makes the gradients that the parameters hold, of the loss over `rows` of ours, those of the loss over the
-        rows of all."""
+    def _normalised(self, batches: list[Batch]) -> list[Batch]:
+        """Each with advantages of mean 0 and standard deviation 1, over the rows that all replicas have of it."""
+        advantages = [batch.record["advantage"].double() for batch in batches]  # sums of squares cancel
+        moments = [torch.stack([x.sum(), x.square().sum(), torch.ones_like(x).sum()]) for x in advantages]
+        normalised = []
+        for batch, x, (total, squares, n) in zip(batches, advantages, self.pooled(torch.stack(moments)), strict=True):
+            variance = (squares - total * total / n) / (n - 1).clamp(min=1)
+            normal = (x - total / n) / (variance.clamp(min=0).sqrt() + 1e-8)
+            normalised.append(replace(batch, record=batch.record | {"advantage": normal.float()}))
+        return normalised
 
     def _mean(self, x: torch.Tensor) -> float:
-        """Over the rows of all learners; to read it waits for a GPU."""
-        total, n = self._pooled(torch.stack([x.sum(), torch.ones_like(x).sum()]))
+        """Over the rows of all replicas, which so agree; to read it waits for a GPU."""
+        total, n = self.pooled(torch.stack([x.sum(), torch.ones_like(x).sum()]))
         return float(total / n)
-
-    def _backward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """As every rule's, but that the norm which is clipped is that of the pooled gradient."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, report = self.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._pool_gradients(batch.reward.numel())
-        norm = torch.nn.utils.clip_grad_norm_(self._params, self.config.max_grad_norm)
-        return {"loss": loss, **report, "grad_norm": norm}
 
 
 def _of_columns(batch: Batch, columns: torch.Tensor) -> Batch:

@@ -163,8 +163,8 @@ class QLearning(Algorithm[ConfigT]):
             self._refresh()
         self._loaded = updates
 
-    def _count(self, env_steps: int) -> None:
-        super()._count(env_steps)
+    def count(self, env_steps: int) -> None:
+        super().count(env_steps)
         if self.updates % self.config.target_every == 0:
             self._refresh()
 

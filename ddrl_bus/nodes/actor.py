@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any, ClassVar
 
 from ddrl_bus.algos import memory
@@ -19,11 +20,13 @@ from ddrl_bus.algos.policy import Explore
 from ddrl_bus.envs import VectorEnv
 from ddrl_bus.errors import EnvError
 from ddrl_bus.experience import RECORD
-from ddrl_bus.messages import Trajectory, Weights, fields_of, parse
+from ddrl_bus.messages import Tally, Trajectory, Weights, fields_of, parse
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.assembly import Played
 from ddrl_bus.nodes.base import Node, places
 from ddrl_bus.nodes.env_faults import EnvFaults
+from ddrl_bus.nodes.leader import weights_of
+from ddrl_bus.nodes.preemption import preempted
 from ddrl_bus.transport.wire import Array, Message
 
 
@@ -36,7 +39,7 @@ class Actor(Node):
 
     async def start(self) -> None:
         options: Any = self.node.options
-        self.weights = self.open_subscriber("weights")
+        self.weights = weights_of(self)
         self.trajectories = self.open_sender("trajectories")
         self.policy = make_policy(self.algorithm, self.plan.algo, self.spaces, self.seeds(stream=1))
         self.envs: int = options.envs
@@ -48,10 +51,20 @@ class Actor(Node):
         self.clocks = {name: clock(self.ledger, name) for name in names}
         # `max_lag: 0` is lock-step: no unroll starts with weights that the last one was played with.
         self.lockstep = self.ports["trajectories"].link.max_lag == 0
+        self.tally: Tally | None = None
         self.newest: Message | None = None
         self.loaded: Message | None = None
         self.version = self.learner_epoch = -1
         await self.compute(self._new_env, 0)
+
+    def background(self) -> list[Coroutine[Any, Any, None]]:
+        return [*super().background(), *([self._count()] if "tally" in self.ports else [])]
+
+    async def _count(self) -> None:
+        """Hear how many workers have played their rollouts."""
+        tallies = self.open_subscriber("tally")
+        while True:
+            self.tally = parse(Tally, await tallies.next())
 
     async def run(self) -> None:
         playing: deque[asyncio.Future[Played]] = deque()
@@ -129,6 +142,9 @@ class Actor(Node):
         rows["obs"][unroll.first] = self.obs
         rows["version"][unroll.first :] = self.version
         for t in range(unroll.first, unroll.length):
+            if self._preempted(t):
+                unroll.cut(t)
+                break
             unroll.carried(t, self.memory)
             with forward:
                 acted = self.policy.act(self.obs, self.memory, self.explore)
@@ -153,6 +169,13 @@ class Actor(Node):
         with self.clocks["pack"]:
             returns, lengths = [r for r, _ in episodes], [n for _, n in episodes]
             return unroll.finish(), fields_of(Trajectory(self.learner_epoch, returns, lengths, unroll.first))
+
+    def _preempted(self, rows: int) -> bool:
+        """Whether the others have waited long enough for a rollout that has so many rows."""
+        tally, config = self.tally, self.plan.algo
+        if tally is None or tally.update != self.version + 1:
+            return False
+        return preempted(rows, config.unroll, tally.done, tally.workers, config.preempt, config.preempt_after)
 
     def _new_env(self, restart: int) -> None:
         self.env_group = VectorEnv(self.env, self.envs, self.seeds(restart))

@@ -31,7 +31,7 @@ from ddrl_bus.algos.base import Algorithm, Windows
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
 from ddrl_bus.experience import Unrolls, UnrollSchema
-from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, fields_of, parse
+from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, Replica, fields_of, parse
 from ddrl_bus.metrics import shares
 from ddrl_bus.topology.plan import NodePlan, Plan, Port
 from ddrl_bus.transport.bus import Bus
@@ -99,6 +99,7 @@ class Node(ABC):
         self.draining = asyncio.Event()
         self.gauges: dict[str, float] = {}
         self.evaluation: Evaluation | None = None
+        self.replica: Replica | None = None
         self.done: str | None = None
         self._report = asyncio.Event()
         self._started = time.time()
@@ -161,6 +162,7 @@ class Node(ABC):
             self.algorithm.carried(config, spaces),
             windows.overlap,
             windows.starts,
+            min(windows.rows, self.algorithm.least_rows(config)),
         )
 
     @cached_property
@@ -240,8 +242,10 @@ class Node(ABC):
     def open_publisher(self, link: str) -> Publisher:
         return self.bus.publisher(link, self._port(link).binds)
 
-    def open_subscriber(self, link: str) -> Subscriber:
-        (address,) = self._port(link).peers.values()
+    def open_subscriber(self, link: str, publisher: str | None = None) -> Subscriber:
+        """Towards this publisher; without one, towards the only one there is."""
+        peers = self._port(link).peers
+        (address,) = peers.values() if publisher is None else (peers[publisher],)
         return self.bus.subscriber(link, address)
 
     def open_client(self, link: str, server: int = 0) -> Client:
@@ -267,6 +271,7 @@ class Node(ABC):
             earlier=dict(islice(self._untold.items(), 1)),
             gauges=self.gauges,
             evaluation=self.evaluation,
+            replica=self.replica,
             done=self.done,
             error=error,
         )
@@ -399,6 +404,8 @@ def node_class(plan: Plan, name: str) -> type[Node]:
     cls = KINDS[module]
     if module == "learner" and "gradients" in plan.ports(name):
         module, cls = "worker", "Worker"
+    elif module == "learner" and "sync" in plan.ports(name):
+        module, cls = "replica_learner", "ReplicaLearner"
     elif module == "learner" and getattr(plan.nodes[name].options, "trainers", 1) != 1:
         module, cls = "parallel_learner", "ParallelLearner"
     if module == "actor" and "act" in plan.ports(name):

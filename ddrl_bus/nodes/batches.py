@@ -131,12 +131,13 @@ def oldest(message: Message) -> int:
 def batch_of(slot: Slot, schema: UnrollSchema) -> Batch:
     """What a full slot holds; the arrays are the slot's own."""
     index, final = slot.final_rows(schema.obs)
-    rows = {name: array for name, array in slot.rows.items() if not name.startswith((RECORD, STATE))}
+    timed = {name: array for name, array in slot.rows.items() if not name.startswith(STATE)}
+    timed = {name: array[: slot.length + (name == "obs")] for name, array in timed.items()}
     return Batch(
-        **rows,
-        record=under(RECORD, slot.rows),
+        **{name: array for name, array in timed.items() if not name.startswith(RECORD)},
+        record=under(RECORD, timed),
         state=under(STATE, slot.rows),
-        version=slot.version,
+        version=slot.version[: slot.length],
         final_obs=final,
         final_index=index,
         weight=slot.weight,

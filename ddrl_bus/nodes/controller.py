@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -25,6 +25,7 @@ from ddrl_bus.errors import WireError
 from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Phase, Progress, fields_of, parse
 from ddrl_bus.metrics import JsonLines, finite, shares
 from ddrl_bus.nodes.base import Node
+from ddrl_bus.nodes.membership import Membership
 from ddrl_bus.transport.ledger import read
 from ddrl_bus.transport.links import Request, life
 from ddrl_bus.transport.wire import Arena
@@ -70,6 +71,8 @@ class Controller(Node):
         self.published = 0
         self._deadline = 0.0
         self._samples: list[tuple[float, int]] = []
+        learners = self.plan.members(self.plan.links["sync"].sources) if "sync" in self.plan.links else ()
+        self.membership = Membership([node.name for node in learners], asyncio.get_running_loop().time())
         self.metrics = JsonLines(self.run_dir / "metrics.jsonl")
         self._publish(Control())
 
@@ -102,6 +105,7 @@ class Controller(Node):
                 if self.draining.is_set() and self.control.phase != "drain":
                     self._drain("stop")
                 self._decide(loop.time())
+                self._regroup(loop.time())
                 self._measure()
                 await self.until(asyncio.sleep(TICK_S), self.control_changed)
                 self.control_changed.clear()
@@ -140,7 +144,10 @@ class Controller(Node):
             return
         if progress.package != __version__:
             self.log.warning("%s runs ddrl_bus %s, this is %s", message.node, progress.package, __version__)
-        self.members[message.node] = Member(progress, message.epoch, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        self.members[message.node] = member = Member(progress, message.epoch, now)
+        if progress.role == "learner":
+            self.membership.heard(message.node, message.epoch, progress.replica, now, gone=member.gone)
         self.lives[life(message.node, message.epoch)] = progress.counters
         for earlier, counters in progress.earlier.items():
             if re.fullmatch(rf"{re.escape(message.node)}@[0-9a-f]{{16}}", earlier):  # it will name a file
@@ -197,6 +204,13 @@ class Controller(Node):
             return "time"
         return ""
 
+    def _regroup(self, now: float) -> None:
+        """Learners come and go until the end begins."""
+        if self.control.phase != "drain" and self.membership.decide(now):
+            group, missing = self.membership.group, self.membership.missing
+            self.log.info("group=%s missing=%s", group, ",".join(missing) or "nobody")
+            self._publish(replace(self.control, group=group))
+
     def _ask_to_confirm(self, reason: str, now: float) -> None:
         self.reason, self.confirmed = reason, None
         if not any(m.progress.role == "evaluator" and not m.gone for m in self.members.values()):
@@ -240,7 +254,7 @@ class Controller(Node):
 
     def _say(self, phase: Phase, *, confirm: int | None = None, draining: list[str] | None = None) -> None:
         number = self.control.confirm if confirm is None else confirm
-        self._publish(Control(phase, number, draining or [], self.reason))
+        self._publish(Control(phase, number, draining or [], self.reason, self.membership.group))
 
     def _publish(self, control: Control) -> None:
         self.control = control

@@ -28,7 +28,7 @@ class Evaluator(Node):
 
     async def start(self) -> None:
         self.options: Any = self.node.options
-        self.weights = Slices(self, "parameters" if "parameters" in self.ports else "weights")
+        self.weights = Slices(self)
         self.policy = make_policy(self.algorithm, self.plan.algo, self.spaces, self.seeds(stream=1))
         self.clocks = {name: clock(self.ledger, name) for name in ("evaluate", "unpack", "weights_wait")}
         self.played = 0

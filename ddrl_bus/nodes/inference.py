@@ -23,6 +23,7 @@ from ddrl_bus.nodes.assembly import Assembler, Played, new_rows
 from ddrl_bus.nodes.base import Node, places
 from ddrl_bus.nodes.batching import Batcher
 from ddrl_bus.nodes.groups import Group, refusal
+from ddrl_bus.nodes.leader import weights_of
 from ddrl_bus.nodes.predictors import Predictor
 from ddrl_bus.nodes.tuning import most, tuned
 from ddrl_bus.transport.links.end import Signal
@@ -42,7 +43,7 @@ class Inference(Node):
 
     async def start(self) -> None:
         options: Any = self.node.options
-        self.weights = self.open_subscriber("weights")
+        self.weights = weights_of(self)
         self.trajectories = self.open_sender("trajectories") if "trajectories" in self.ports else None
         self.actors = {actor.name: actor for actor in self.plan.members(self.ports["act"].link.sources)}
         self.groups: dict[Key, Group] = {}

@@ -94,7 +94,10 @@ class Learner(Node):
 
     def _train_ahead(self) -> None:
         while self.ready and len(self.training) < self.ahead() and self._may_train():
-            self.training.append(self.submit(self._update, self.ready.popleft()))
+            self.training.append(self.submit(self._update, self._next()))
+
+    def _next(self) -> Slot:
+        return self.ready.popleft()
 
     def ahead(self) -> int:
         """Batches that are handed to the thread at a time: the second hides the switch between loop and thread."""
@@ -120,13 +123,16 @@ class Learner(Node):
         self.training.popleft()
         slot, due = updated
         self.source.trained(slot)
-        slot.clear()
-        self.free.put_nowait(slot)
+        self._free(slot)
         if not self.first_update_at:
             self.first_update_at = time.time()
             self.report()
         if due is not None:
             self.trainer.publish(due)
+
+    def _free(self, slot: Slot) -> None:
+        slot.clear()
+        self.free.put_nowait(slot)
 
     # ---- on the compute thread
 
@@ -137,7 +143,7 @@ class Learner(Node):
 
     def _apply(self, slot: Slot, step: Callable[[], dict[str, float]]) -> Updated:
         """One update by `step`, and what is due after it."""
-        self.lags.append(self.algo.updates - slot.version)
+        self.lags.append(self.algo.updates - slot.version[: slot.length])
         with self.clocks["learn"]:
             self.metrics.update(step())
         if self.trainer.save_due:

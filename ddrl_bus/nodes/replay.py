@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Final
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from ddrl_bus import checkpoint
+from ddrl_bus.checkpoint import Checkpoint, Parts
 from ddrl_bus.errors import WireError
 from ddrl_bus.messages import Sample, Sampled, Trajectory, fields_of, parse
 from ddrl_bus.metrics import clock
@@ -28,7 +29,7 @@ from ddrl_bus.nodes.base import Node
 from ddrl_bus.nodes.batches import check
 from ddrl_bus.nodes.waiting import Waiting
 from ddrl_bus.rate_limiter import RateLimiter
-from ddrl_bus.replay_buffer import ReplayBuffer
+from ddrl_bus.replay_buffer import ReplayBuffer, Snapshot
 from ddrl_bus.topology.plan import most_columns
 from ddrl_bus.transport.links import Request
 from ddrl_bus.transport.wire import Arena, Array, Layout, Message, Spec
@@ -62,6 +63,8 @@ class Replay(Node):
         self.returns: deque[float] = deque(maxlen=100)
         self.questions: deque[Question] = deque()
         self.asked = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+        self.saving: asyncio.Future[None] | None = None
         self.insert_wait, self.sample_wait = Waiting(self.log), Waiting(self.log)
         self.clocks = {name: clock(self.ledger, name) for name in ("record", "draw", "send", "requests_wait")}
         self.stored = self.ledger.counter("trajectories", "stored")
@@ -99,8 +102,10 @@ class Replay(Node):
             while not self.draining.is_set():
                 await self._turn(await self._arrivals())
             listening.cancel()
+        await self._saved()
         await self._turn(self._taken([]))
-        await self.compute(self._save)
+        await self._save()
+        await self._saved()
 
     # ---- what comes
 
@@ -160,7 +165,9 @@ class Replay(Node):
         return messages
 
     def _waits(self) -> str:
-        """What the next unroll must wait for: nothing once the run drains, for then nobody draws any more."""
+        """What the next unroll must wait for: no samples once the run drains, for then nobody draws any more."""
+        if self.limiter.inserts + self.largest > self.buffer.room:
+            return "inserts wait for a checkpoint: what they would replace is not yet written"
         if self.draining.is_set() or self.control.phase == "drain":
             return ""
         return self.limiter.insert_waits(self.largest)
@@ -186,8 +193,8 @@ class Replay(Node):
                 self.questions.popleft().request.answer(Sampled.KIND, fields_of(answer), items)
         if len(answers) < len(questions):
             loop.call_at(self.questions[0].due, self.asked.set)
-        if time.monotonic() >= self.save_at:  # nobody's answer waits for the disk
-            await self.compute(self._save)
+        if time.monotonic() >= self.save_at and (self.saving is None or self.saving.done()):
+            await self._save()
 
     # ---- on the compute thread
 
@@ -251,16 +258,41 @@ class Replay(Node):
 
     # ---- checkpoints
 
-    def _save(self) -> None:
+    async def _save(self) -> None:
+        """Begin a checkpoint of this instant: between two turns the books agree with the contents. Only the copy of
+        what is small keeps the compute thread; another one reads the rest and writes, and nobody's answer waits."""
+        await self._saved()
         self.save_at = time.monotonic() + self.plan.checkpoint.every
         values: dict[str, Any] = {"topology": self.plan.run_id, "env_steps": self.env_steps}
         arrays: dict[str, Array] = {}
+        parts: dict[str, Parts] = {}
         if self.save:
-            arrays, values = self.buffer.state(), {**values, "limiter": self.limiter.state()}
+            snapshot = await self.compute(self.buffer.snapshot)
+            arrays, values["limiter"] = snapshot.arrays, self.limiter.state()
+            parts["ring.obs"] = Parts(snapshot.dtype, snapshot.shape, self._read(snapshot))
+        saved = Checkpoint(self.env_steps, arrays, values)
+        self.saving = asyncio.ensure_future(asyncio.to_thread(self._write, saved, parts))
+        if self._inline:  # a run that repeats waits for no thread
+            await self.saving
+
+    async def _saved(self) -> None:
+        """The checkpoint under way is written, or could not be."""
+        if self.saving is not None:
+            await self.saving
+
+    def _write(self, saved: Checkpoint, parts: Mapping[str, Parts]) -> None:
         try:
-            checkpoint.save(self.folder, checkpoint.Checkpoint(self.env_steps, arrays, values), keep=1)
+            checkpoint.save(self.folder, saved, keep=1, parts=parts)
         except OSError as error:  # a full disk must not end the run whose experience it cannot save
             self.log.error("checkpoint not written: %s", error)
+        finally:
+            self.buffer.release()
+            self.loop.call_soon_threadsafe(self.asked.set)
+
+    def _read(self, snapshot: Snapshot) -> Iterator[Array]:
+        for part in snapshot.obs():
+            yield part
+            self.loop.call_soon_threadsafe(self.asked.set)  # inserts that waited may go on
 
     def _restore(self) -> None:
         """Go on from the newest checkpoint, if there is one."""

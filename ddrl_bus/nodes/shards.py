@@ -20,7 +20,9 @@ from ddrl_bus.checkpoint import Checkpoint
 from ddrl_bus.errors import RefusedFileError, UsageError
 from ddrl_bus.messages import Weights, parse
 from ddrl_bus.nodes.base import Node
+from ddrl_bus.nodes.leader import LeaderSubscriber, weights_of
 from ddrl_bus.topology.plan import Plan
+from ddrl_bus.transport.links import Subscriber
 from ddrl_bus.transport.wire import Array, Message
 
 
@@ -62,10 +64,14 @@ class Published:
 
 
 class Slices:
-    """The subscribing end of a `latest` that several nodes publish, each a slice of one network; or one all of it."""
+    """An evaluator's end of `parameters`, of which each server publishes a slice, or of a learner's `weights`."""
 
-    def __init__(self, node: Node, link: str) -> None:
-        self._subscribers = [node.bus.subscriber(link, address) for address in node.ports[link].peers.values()]
+    def __init__(self, node: Node) -> None:
+        self._subscribers: list[Subscriber | LeaderSubscriber] = (
+            [node.open_subscriber("parameters", server) for server in node.ports["parameters"].peers]
+            if "parameters" in node.ports
+            else [weights_of(node)]
+        )
         self._newest: dict[int, Message] = {}
         self._news = False
 

@@ -48,6 +48,8 @@ class Trainer:
     algo: Algorithm[Any]
     resumed: checkpoint.Checkpoint | None
     """What it goes on from."""
+    saves = True
+    """Of several replicas one saves."""
     names: list[str]
     """Of the parameters that the node holds."""
 
@@ -119,10 +121,12 @@ class Trainer:
 
     @property
     def save_due(self) -> bool:
-        return time.monotonic() >= self._save_at
+        return self.saves and time.monotonic() >= self._save_at
 
     def save(self, **values: Any) -> bool:
         """Write a checkpoint, with `values` of plain JSON in it; says whether it is on disk."""
+        if not self.saves:
+            return False
         plan, algo = self._node.plan, self.algo
         self._save_at = time.monotonic() + plan.checkpoint.every
         values |= {

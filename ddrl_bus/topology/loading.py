@@ -105,7 +105,7 @@ def _plan(tree: Node, catalog: Catalog, problems: Problems) -> Plan | None:
     checks.check_groups(whole, hosts, nodes, problems)
     if links and not wrong and _complete(tree, whole):
         present = {name: options for name, options in whole.items() if options.count}
-        Roles(present, links, catalog.algorithms[algo_name], tree, wrong).check()
+        Roles(present, links, catalog.algorithms[algo_name], algo, tree, wrong).check()
     problems.found |= wrong.found
     if len(whole) == len(groups):
         checks.check_stop(whole.values(), stop is not None and stop.reward is not None, tree, problems)

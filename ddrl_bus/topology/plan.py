@@ -68,10 +68,15 @@ class LinkPlan:
         """Who binds: the publisher of a `latest`, the receiver of a `queue`, the server of a `request`."""
         return "out" if self.kind == "latest" else "in"
 
+    @property
+    def mutual(self) -> bool:
+        """Nodes of one group are at both ends, and each hears all others."""
+        return bool(set(self.sources) & set(self.targets))
+
 
 @dataclass(frozen=True)
 class Port:
-    """A node's end of a link: it binds (`binds`) or connects (`peers`: node name -> address), never both."""
+    """A node's end of a link: it binds (`binds`) or connects (`peers`: node name -> address); among equals, both."""
 
     link: LinkPlan
     side: Literal["out", "in"]
@@ -159,15 +164,14 @@ class Plan:
             side: Literal["out", "in"] = "out" if node.group in link.sources else "in"
             if node.group not in link.sources + link.targets:
                 continue
-            if side == link.binding_side:
-                ports[link.name] = Port(link, side, binds=self.binds[node.name, link.name].addresses)
-            else:
-                ports[link.name] = Port(link, side, peers=dict(self._peers(node, link)))
+            binds = self.binds[node.name, link.name].addresses if (node.name, link.name) in self.binds else ()
+            connects = side != link.binding_side or link.mutual
+            ports[link.name] = Port(link, side, binds, dict(self._peers(node, link)) if connects else {})
         return ports
 
     def _peers(self, node: NodePlan, link: LinkPlan) -> Iterator[tuple[str, str]]:
         binders = link.sources if link.binding_side == "out" else link.targets
-        for peer in (peer for peer in self.members(binders) if _meet(node, peer)):
+        for peer in (peer for peer in self.members(binders) if peer is not node and _meet(link, node, peer)):
             bind = self.binds[peer.name, link.name]
             address = bind.near if self.in_process or peer.host == node.host else bind.far
             assert address, f"{peer.name} does not bind {link.name} for {node.name}"
@@ -190,7 +194,7 @@ class Plan:
                 if inside:
                     binds[node.name, link.name] = Bind(f"memory://{node.name}.{link.name}", None)
                     continue
-                hosts = {peer.host for peer in places.values() if _meet(node, peer)}
+                hosts = {peer.host for peer in places.values() if _meet(link, node, peer)}
                 # `ddrl status` asks over ipc, wherever the nodes are
                 near = node.host in hosts or link.name == "progress"
                 bind = self._bind(node, link, near, bool(hosts - {node.host}), next_port[node.host])
@@ -234,7 +238,7 @@ class Plan:
 def bundle_of(link: LinkPlan, groups: Mapping[str, NodeOptions]) -> str | None:
     """The bundle that the whole link is inside of, if there is one: it then joins nodes of one process."""
     bundles = {groups[name].bundle for name in link.sources + link.targets}
-    return bundles.pop() if len(bundles) == 1 else None
+    return bundles.pop() if len(bundles) == 1 and not link.mutual else None
 
 
 def most_columns(groups: Mapping[str, NodeOptions], links: Mapping[str, LinkPlan]) -> int:
@@ -244,9 +248,9 @@ def most_columns(groups: Mapping[str, NodeOptions], links: Mapping[str, LinkPlan
     return max(options.envs // (options.groups if name in asking else 1) for name, options in actors.items())
 
 
-def _meet(node: NodePlan, peer: NodePlan) -> bool:
+def _meet(link: LinkPlan, node: NodePlan, peer: NodePlan) -> bool:
     """Whether a link between their groups joins these two: within a bundle only those of one index."""
-    return node.bundle is None or node.bundle != peer.bundle or node.index == peer.index
+    return link.mutual or node.bundle is None or node.bundle != peer.bundle or node.index == peer.index
 
 
 def _deal(group: str, options: NodeOptions) -> Iterator[NodePlan]:

@@ -5,6 +5,7 @@
                   applies its gradients itself; with `gradients` it has parameter servers apply them
     replay        keeps trajectories, draws samples of them
     inference     assembles trajectories itself where it holds that port, else its actors do
+                  several: with `sync` they sum their gradients, as replicas; `tally` ends their actors' rollouts early
     evaluator     plays a learner's `weights`, or a parameter server's `parameters`
 
 What stands idle, and what two would do at once, is refused.
@@ -12,8 +13,9 @@ What stands idle, and what two would do at once, is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ddrl_bus.topology.plan import LinkPlan
 from ddrl_bus.topology.schema import PORTS, ActorOptions, AlgorithmEntry, LearnerOptions, NodeOptions
@@ -37,6 +39,8 @@ class Roles:
     groups: Mapping[str, NodeOptions]
     links: Mapping[str, LinkPlan]
     algorithm: AlgorithmEntry
+    settings: Any
+    """Of the algorithm."""
     root: Node
     problems: Problems
 
@@ -53,6 +57,7 @@ class Roles:
         self._check_staleness()
         self._check_trainers()
         self._check_outliers()
+        self._check_preemption()
 
     def _say(self, path: tuple[str, ...], message: str) -> None:
         self.problems.add(self.root.find(path), dotted(path), message)
@@ -157,6 +162,19 @@ class Roles:
                 )
                 self._say(("nodes", group, "outliers"), message)
 
+    def _check_preemption(self) -> None:
+        """Who ends its rollout early must hear how many have ended theirs, and train on what it has."""
+        share = getattr(self.settings, "preempt", 0)
+        if not share and "tally" in self.links:
+            message = "its actors end their rollouts early, but algo.preempt does not say when; set it, to 0.6 say"
+            self._say(("links", "tally"), f"{message}, or leave this out")
+        elif share and not {"tally", "sync"} <= self.links.keys():
+            message = f"got {share:g}, but nobody tells actors how many have played; add links.sync and links.tally"
+            self._say(("algo", "preempt"), f"{message}, or leave it out")
+        elif share and not self._in_lock_step:
+            message = f"got {share:g}, but nobody waits for a straggler's unroll; set links.trajectories.max_lag to 0"
+            self._say(("algo", "preempt"), f"{message}, or leave it out")
+
     def _check_servers(self) -> None:
         """Of several parameter servers each holds a part: who meets only the one in its bundle lacks the others'."""
         for group in dict.fromkeys([*self._at("gradients"), *self._at("parameters")]):
@@ -168,26 +186,46 @@ class Roles:
                 self._say(("nodes", group, "bundle"), f"{message}: {fix}")
 
     def _check_learners(self) -> None:
-        """Several share what they learn through parameter servers, and each has actors of its own.
-
-        Replay nodes may be anybody's: what they hold fits any learner.
-        """
+        """Several train as one, each a replica of the others, or share what they learn through parameter servers."""
         if "gradients" in self.links and not self.algorithm.one_pass:
             message = "its updates are several gradients each, which no parameter server can apply as one"
             self._say(("algo", "name"), f"{message}; leave links.gradients out, or use a rule such as a2c")
         learners = [name for name, options in self.groups.items() if options.kind == "learner"]
         count = sum(self.groups[name].count for name in learners)
-        if count > 1 and "gradients" not in self.links:
-            why = "several learn together only by gradients that they send to a param_server"
-            self._say(("nodes", learners[-1], "count"), f"{count} nodes of kind learner, expected 1: {why}")
-        elif count > 1:
-            bundle = self.groups[learners[0]].bundle
-            played = () if "samples" in self.links else self._at("trajectories")
-            for group in dict.fromkeys([*learners, *played, *self._at("weights")]):
-                options = self.groups[group]
-                if options.kind != "evaluator" and (options.bundle is None or options.bundle != bundle):
-                    message = f"got {came(options.bundle)}, but each of {count} learners plays with actors of its own"
-                    ends = "trajectories and weights" if played else "weights"
-                    fix = f"give {learners[0]} and all at its ends of {ends} one bundle"
-                    self._say(("nodes", group, "bundle"), f"{message}: {fix}")
-                    return
+        if "sync" in self.links:
+            self._check_replicas(learners, count)
+        if count > 1 and ("gradients" in self.links or self._in_lock_step):
+            self._check_own_actors(learners, count)
+
+    @property
+    def _in_lock_step(self) -> bool:
+        return "trajectories" in self.links and self.links["trajectories"].max_lag == 0
+
+    def _check_replicas(self, learners: Sequence[str], count: int) -> None:
+        """They begin each update together, with what each of them was sent."""
+        if "gradients" in self.links:
+            message = "learners either have param_servers apply their gradients, or sum them among themselves"
+            self._say(("links", "sync"), f"{message}; leave it or links.gradients out")
+        if "samples" in self.links:
+            message = f"{count} nodes of kind learner, expected 1: replicas train on unrolls as they come"
+            self._say(("nodes", learners[-1], "count"), f"{message}, and what is drawn is of nobody's turn")
+        for group in learners:
+            options = self.groups[group]
+            if isinstance(options, LearnerOptions) and options.trainers != 1:
+                message = (
+                    f"got {came(options.trainers)}, expected 1: replicas apply one gradient at a time, all the same"
+                )
+                self._say(("nodes", group, "trainers"), message)
+
+    def _check_own_actors(self, learners: Sequence[str], count: int) -> None:
+        """Replay nodes may be anybody's: what they hold fits any learner."""
+        bundle = self.groups[learners[0]].bundle
+        played = () if "samples" in self.links else self._at("trajectories")
+        for group in dict.fromkeys([*learners, *played, *self._at("weights")]):
+            options = self.groups[group]
+            if options.kind != "evaluator" and (options.bundle is None or options.bundle != bundle):
+                message = f"got {came(options.bundle)}, but each of {count} learners plays with actors of its own"
+                ends = "trajectories and weights" if played else "weights"
+                fix = f"give {learners[0]} and all at its ends of {ends} one bundle"
+                self._say(("nodes", group, "bundle"), f"{message}: {fix}")
+                return

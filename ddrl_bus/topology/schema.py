@@ -227,7 +227,8 @@ class ActorOptions(NodeOptions):
 
 
 class LearnerOptions(NodeOptions):
-    """Trains, and publishes weights; with `gradients` it has a parameter server apply them."""
+    """Trains, and publishes weights; with `gradients` it has a parameter server apply them. Several without it are
+    replicas: each computes gradients of batches of its own, and all apply their mean."""
 
     kind: Literal["learner"] = "learner"
     device: Device = "auto"
@@ -240,6 +241,8 @@ class LearnerOptions(NodeOptions):
     """Gradients that are computed at a time (GA3C); auto: as many as make the most updates a second."""
     prefetch: Count = 2
     """With `samples`: batches that are drawn ahead."""
+    deadline: Annotated[Duration, Field(gt=0)] = 10.0
+    """With `sync`: longest time that a replica may keep the others waiting once an update has begun."""
     outliers: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """With `gradients`: leaves out a batch whose loss is further above its running mean than so many standard
     deviations (Gorila), unless several in a row are; default: none."""
@@ -334,6 +337,8 @@ PORTS: Mapping[str, PortRule] = {
     "act": PortRule("request", ("actor",), ("inference",)),
     "gradients": PortRule("request", ("learner",), ("param_server",)),
     "parameters": PortRule("latest", ("param_server",), ("evaluator",)),
+    "sync": PortRule("latest", ("learner",), ("learner",)),
+    "tally": PortRule("latest", ("learner",), ("actor",)),
 }
 _OTHERS = tuple(kind for kind in KINDS if kind != "controller")
 SYSTEM_PORTS: Mapping[str, PortRule] = {

@@ -27,7 +27,7 @@ def text(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-USED_WITH = {"groups": "act", "prefetch": "samples"}
+USED_WITH = {"groups": "act", "prefetch": "samples", "deadline": "sync"}
 """Option → the port without which it means nothing."""
 
 

@@ -1,7 +1,8 @@
 """From the links a file writes, or the algorithm's own, to links between the groups that exist.
 
 `PORTS` says which links there can be, of which kind, and which kinds of node hold their ends; a file picks among them,
-names the groups, sets windows and so on. `control` and `progress` are in every topology.
+names the groups, sets windows and so on. `control` and `progress` are in every topology, `sync` where several learners
+train as one.
 """
 
 from __future__ import annotations
@@ -55,11 +56,17 @@ class Wiring:
         own = written and texts and written.at.line  # overrides alone (line 0) change the algorithm's links
         defaults = {} if own else self.default
         names = [name for name in dict.fromkeys([*defaults, *texts]) if name not in SYSTEM_PORTS]
+        if self._replicated and not {"gradients", "sync"} & set(names):
+            names.append("sync")
         links = [
             self._link(name, texts.get(name) or Node({}, nodes.at), defaults.get(name) or _UNWRITTEN, nodes)
             for name in [*names, *SYSTEM_PORTS]
         ]
         return {link.name: link for link in links if link}
+
+    @property
+    def _replicated(self) -> bool:
+        return sum(group.count for group in self.groups.values() if group.kind == "learner") > 1
 
     def _link(self, name: str, node: Node, default: LinkSettings, nodes: Node) -> LinkPlan | None:
         path = ("links", name)

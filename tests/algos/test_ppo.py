@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from threading import Barrier
 from typing import Any
@@ -347,27 +348,18 @@ def test_its_gradient_is_not_sent_away() -> None:
 # ── several learners
 
 
-class Together(Ppo):
-    """Adds up over threads."""
+class Sum:
+    """Adds up over threads, as an all-reduce does."""
 
-    rank: int
-    barrier: Barrier
-    given: dict[int, torch.Tensor]
+    def __init__(self, ranks: int) -> None:
+        self.barrier, self.given = Barrier(ranks), dict[int, torch.Tensor]()
 
-    def _pooled(self, sums: torch.Tensor) -> torch.Tensor:
-        self.given[self.rank] = sums
+    def __call__(self, rank: int, tensor: torch.Tensor) -> None:
+        self.given[rank] = tensor.clone()
         self.barrier.wait(timeout=30)
-        total = torch.stack([self.given[rank] for rank in sorted(self.given)]).sum(0)
+        total = torch.stack([self.given[each] for each in sorted(self.given)]).sum(0)
         self.barrier.wait(timeout=30)
-        return total
-
-    def _pool_gradients(self, rows: int) -> None:
-        """Means over rows, weighted by their number."""
-        flat = torch.cat([parameter.grad.flatten() for parameter in self._params])
-        pooled = self._pooled(torch.cat([rows * flat, torch.tensor([float(rows)])]))
-        parts = torch.split(pooled[:-1] / pooled[-1], [parameter.numel() for parameter in self._params])
-        for parameter, part in zip(self._params, parts, strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+        tensor.copy_(total)
 
 
 @pytest.mark.parametrize("changes", [{}, {"advantage_norm": "batch"}, {"kl_stop": 0.0055, "advantage_norm": "none"}])
@@ -379,11 +371,11 @@ def test_learners_of_two_shares_equal_one_of_all(changes: dict[str, Any]) -> Non
     )
     one = Ppo(settings, DISCRETE, seed=0)
     batch = played_batch(one).to("cpu")
-    barrier, given = Barrier(2), dict[int, torch.Tensor]()
+    add = Sum(2)
 
-    def update(rank: int, share: list[int]) -> Together:
-        learner = Together(settings, DISCRETE, seed=0)
-        learner.rank, learner.barrier, learner.given = rank, barrier, given
+    def update(rank: int, share: list[int]) -> Ppo:
+        learner = Ppo(settings, DISCRETE, seed=0)
+        learner.all_reduce = partial(add, rank)
         mine = [(k, b) for k, b in enumerate((batch.final_index % ENVS).tolist()) if b in share]
         rows = [int(batch.final_index[k]) // ENVS * len(share) + share.index(b) for k, b in mine]
         columns = {

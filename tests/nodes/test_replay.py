@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contents import contents
 from rig import PATIENCE_S, REPLAY, FakeController, Living, Rig, epoch, eventually, make_plan, replayed
 
 from ddrl_bus import checkpoint
@@ -329,9 +330,9 @@ async def test_priorities_that_change_nothing(
 ) -> None:
     async with on_stage("nodes.replay.capacity=40") as stage:
         await stage.send(3)
-        before = stage.node.buffer.state()["leaves"].copy()
+        before = contents(stage.node.buffer)["leaves"]
         await stage.totals(named(items, priority), life)
-        np.testing.assert_array_equal(stage.node.buffer.state()["leaves"], before)
+        np.testing.assert_array_equal(contents(stage.node.buffer)["leaves"], before)
         assert stage.replay.count(f"priorities/{outcome}") == len(items)
         assert stage.replay.count("priorities/applied") == 0
         await stage.replay.drained()
@@ -358,10 +359,10 @@ async def test_it_goes_on_where_it_left(on_stage: OnStage) -> None:
     ) as stage:
         await stage.send(3, priority=np.arange(1, ITEMS + 1).reshape(UNROLL, ENVS))
         await stage.ask(BATCH, named([50], [9.0]))
-        before, counts = stage.node.buffer.state(), stage.node.limiter.state()
+        before, counts = contents(stage.node.buffer), stage.node.limiter.state()
         await stage.restarted()
         assert (stage.node.limiter.state(), stage.node.env_steps) == (counts, 3 * ITEMS)
-        after = stage.node.buffer.state()
+        after = contents(stage.node.buffer)
         assert after.keys() == before.keys()
         for name, array in before.items():
             np.testing.assert_array_equal(after[name], array, name)
@@ -398,14 +399,37 @@ async def test_it_saves_now_and_then(on_stage: OnStage, caplog: Any) -> None:
         await stage.replay.drained()
 
 
-async def test_answers_do_not_wait_for_a_checkpoint(on_stage: OnStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    written, save = threading.Event(), checkpoint.save
-    async with on_stage(in_process=False) as stage:
+async def test_a_checkpoint_under_way_keeps_no_answer_waiting(
+    on_stage: OnStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor unrolls, until they would replace what is not yet written; what is written is of the instant it began."""
+    go_on, save = threading.Event(), checkpoint.save
+
+    def slow(*args: Any, **more: Any) -> Path:
+        assert go_on.wait(PATIENCE_S)
+        return save(*args, **more)
+
+    async with on_stage("nodes.replay.capacity=40", "algo.alpha=1", in_process=False) as stage:
         await stage.send()
-        monkeypatch.setattr(checkpoint, "save", lambda *args, **more: written.wait() and save(*args, **more))
+        before = contents(stage.node.buffer)
+        monkeypatch.setattr(checkpoint, "save", slow)
         stage.node.save_at = 0.0
+        await stage.totals()
         try:
+            await stage.send()
+            await stage.actor.send(*replayed(stage.node.schema, first=stage.sent))
+            assert len((await stage.ask(BATCH, named([0], [100.0]))).arrays["id"]) == BATCH
+            await eventually(lambda: stage.node.receiver.queued == 1)
             assert len((await stage.ask(BATCH)).arrays["id"]) == BATCH
+            assert stage.stored == 2
         finally:
-            written.set()
+            go_on.set()
+        await eventually(lambda: stage.stored == 3)
+        await stage.node.saving
+        saved = checkpoint.newest(stage.rig.folder / "checkpoints-replay-0")
+        assert saved is not None
+        assert (saved.step, saved.values["limiter"]) == (ITEMS, {"inserts": ITEMS, "samples": 0})
+        assert saved.arrays.keys() == before.keys()
+        for name, array in before.items():
+            np.testing.assert_array_equal(saved.arrays[name], array, name)
         await stage.replay.drained()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from contents import contents
 from rig import PATIENCE_S, REPLAY, FakeController, Living, Rig, epoch, eventually, replayed, rig_of
 
 from ddrl_bus.errors import UsageError
@@ -188,7 +189,7 @@ async def test_errors_become_priorities_where_the_items_lie(on_stage: OnStage) -
         assert stage.count("priorities/applied") == 3 * 32
         assert stage.learner.count("samples/trained") == 3 * 32
         for shard in (0, 1):
-            leaves = stage.shards[f"replay-{shard}"].node.buffer.state()["leaves"].reshape(ENVS, UNROLL)
+            leaves = contents(stage.shards[f"replay-{shard}"].node.buffer)["leaves"]
             expected = [[known[1000 * shard + 8 * e + t] for t in range(UNROLL)] for e in range(ENVS)]
             np.testing.assert_allclose(leaves, expected, rtol=1e-5)
         await stage.drained()
