@@ -20,8 +20,8 @@ WORK: Final = ("env", "forward", "record", "draw", "learn", "evaluate")
 """What the same loop without a bus would spend as well."""
 COMMUNICATION: Final = ("pack", "send", "unpack", "handoff", "all_reduce")
 """What the bus adds: encoding, handing over, decoding and loading, and the rest of the time in which the node's thread
-stood idle without waiting for a peer (`idle` in the ledger, less the waits); of replicas, summing their gradients, which
-the ledger counts within `learn` too."""
+stood idle without waiting for a peer (`idle` in the ledger, less the waits). Replicas sum their gradients, which the
+ledger counts within `learn` too."""
 WAITS: Final = ("send_wait", "queue_wait", "weights_wait", "act_wait", "requests_wait", "replicas_wait")
 """Waiting because a peer is the bottleneck: no credit left, no batch full yet, no newer weights yet, no actions yet, no
 requests to answer, no other replica ready yet."""

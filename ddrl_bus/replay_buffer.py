@@ -122,8 +122,9 @@ class ReplayBuffer:
 
     def _write(self, segment: int, arrays: Mapping[str, Array], columns: slice) -> None:
         to = slice(segment, segment + columns.stop - columns.start)
-        for place in self._truncated(np.arange(to.start, to.stop)).tolist():
-            del self._final[place]
+        if self._final:
+            for place in self._truncated(np.arange(to.start, to.stop)).tolist():
+                del self._final[place]
         for name, ring in self._values.items():
             if name == "version":
                 ring[to] = arrays[name]
@@ -176,7 +177,8 @@ class ReplayBuffer:
             for to, key in zip(out["final_obs"], place.ravel()[ended].tolist(), strict=True):
                 to[...] = self._final[key]
         rounds, newest = divmod(self.next_id, self.capacity)
-        out["id"][...] = leaf + self.capacity * (rounds - (leaf >= newest))
+        np.add(leaf, rounds * self.capacity, out=out["id"])
+        out["id"][leaf.searchsorted(newest) :] -= self.capacity  # leaves come in rising order
         np.divide(self._tree.values(leaf), self.mass, out=out["probability"])
         return out
 

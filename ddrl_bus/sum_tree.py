@@ -46,8 +46,7 @@ class SumTree:
         self._levels[0][index] = value
         for below, above in pairwise(self._levels):
             index = index >> 1
-            left = index << 1
-            above[index] = below[left] + below[left + 1]
+            above[index] = below[::2][index] + below[1::2][index]
 
     def set_range(self, start: int, value: NDArray[np.float64]) -> None:
         """The leaves from `start` on become `value` [K]."""
@@ -56,7 +55,7 @@ class SumTree:
         for below, above in pairwise(self._levels):
             start, stop = start >> 1, (stop + 1) >> 1
             pairs = below[2 * start : 2 * stop]
-            above[start:stop] = pairs[::2] + pairs[1::2]
+            np.add(pairs[::2], pairs[1::2], out=above[start:stop])
 
     def sample(self, count: int) -> NDArray[np.int64]:
         """[count] leaves in rising order, each drawn in proportion to its value; one of value 0 is never drawn.

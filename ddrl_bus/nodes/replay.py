@@ -22,7 +22,7 @@ import numpy as np
 
 from ddrl_bus import checkpoint
 from ddrl_bus.checkpoint import Checkpoint, Parts
-from ddrl_bus.errors import WireError
+from ddrl_bus.errors import UsageError, WireError
 from ddrl_bus.messages import Sample, Sampled, Trajectory, fields_of, parse
 from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import Node
@@ -32,7 +32,7 @@ from ddrl_bus.rate_limiter import RateLimiter
 from ddrl_bus.replay_buffer import ReplayBuffer, Snapshot
 from ddrl_bus.topology.plan import most_columns
 from ddrl_bus.transport.links import Request
-from ddrl_bus.transport.wire import Arena, Array, Layout, Message, Spec
+from ddrl_bus.transport.wire import MAX_FRAME, MAX_HEADER, Arena, Array, Layout, Message, Spec
 
 KEPT_S: Final = 1.0
 """A question that must wait is kept for so long before it is answered without items."""
@@ -87,6 +87,7 @@ class Replay(Node):
             alpha=getattr(algo, "alpha", 0.0),
             seed=int(self.seeds().generate_state(1)[0]),
         )
+        self._check_batch()
         self.largest = windows.starts * self.most
         self.limiter = RateLimiter(
             options.min_size, options.samples_per_insert, options.slack, insert=self.largest, batch=algo.batch
@@ -95,6 +96,16 @@ class Replay(Node):
         self.folder = self.run_dir / f"checkpoints-{self.name}"
         self._restore()
         self.save_at = time.monotonic() + self.plan.checkpoint.every
+
+    def _check_batch(self) -> None:
+        """Refuse a batch that one answer may not be able to hold: all of it from this shard, each row truncated."""
+        batch = self.plan.algo.batch
+        size = MAX_HEADER + Layout(Sampled.KIND, self.buffer.specs(batch, batch * self.buffer.length)).size
+        if size > MAX_FRAME:
+            raise UsageError(
+                f"algo.batch: got {batch:,}, which take up to {size:,} bytes in one answer of {self.name}; "
+                f"expected at most {MAX_FRAME:,} bytes, which are {batch * MAX_FRAME // size:,}"
+            )
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -283,7 +283,7 @@ def test_advantages_are_normalised_over_what_is_asked_for(norm: str) -> None:
     if norm == "batch":
         assert all(abs(float(x.mean())) > 1e-3 for x in each)
     one_row = replace(learner._with_advantages(batch), record={"advantage": torch.full((1, 1), 3.0)})
-    assert learner._normalised(one_row).record["advantage"].item() == 0
+    assert learner._normalised([one_row])[0].record["advantage"].item() == 0
 
 
 # ── updates

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from contents import contents
-from rig import PATIENCE_S, REPLAY, FakeController, Living, Rig, epoch, eventually, make_plan, replayed
+from rig import PATIENCE_S, REPLAY, FakeController, Living, Rig, epoch, eventually, make_plan, replayed, rig_of
 
 from ddrl_bus import checkpoint
-from ddrl_bus.errors import RemoteError
+from ddrl_bus.errors import RemoteError, UsageError
 from ddrl_bus.experience import Unroll
 from ddrl_bus.messages import Sample, Sampled, Trajectory, fields_of, parse
 from ddrl_bus.nodes import replay, waiting
@@ -204,6 +204,19 @@ async def test_an_unroll_of_as_many_environments_as_no_actor_has_is_refused(on_s
         await stage.send()
         assert (await stage.totals()).items == ITEMS
         await stage.replay.drained()
+
+
+@pytest.mark.parametrize(("batch", "fits"), [(1_700_000, True), (1_800_000, False)])
+async def test_a_batch_that_no_answer_can_hold_is_refused_at_the_start(tmp_path: Path, batch: int, fits: bool) -> None:
+    """A window of two rows of CartPole takes 156 bytes with all that may be in it, an answer 256 MiB."""
+    async with rig_of(tmp_path, *REPLAY, f"algo.batch={batch}") as rig:
+        living = rig.start("replay-0")
+        if fits:
+            await living.running()
+            return
+        with pytest.raises(UsageError, match=r"algo\.batch: got 1,800,000, .* expected at most .* are 1,7\d\d,\d\d\d$"):
+            async with asyncio.timeout(PATIENCE_S):
+                await living.task
 
 
 # ── who waits ────────────────────────────────────────────────────────────────────────────────────────────────────
