@@ -253,11 +253,70 @@ def requests(as_json: bool) -> None:
 @bench.command()
 @as_json
 @debug
+def buffer(as_json: bool) -> None:
+    """What a replay buffer costs over plain copies of the same bytes."""
+    from ddrl_bus.bench.buffer import measure, rows_as_text
+
+    _print_rows(measure(), rows_as_text, as_json)
+
+
+@bench.command()
+@as_json
+@debug
 def replay(as_json: bool) -> None:
     """What a replay node costs over its buffer and the sockets under it."""
     from ddrl_bus.bench.replay import measure, rows_as_text
 
     _print_rows(measure(), rows_as_text, as_json)
+
+
+def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    try:
+        numbers = [int(float(word)) for word in text.split(",")]
+    except (ValueError, OverflowError):
+        numbers = []
+    if min(numbers, default=0) < 1:
+        raise click.BadParameter(f"{text!r}, expected numbers of at least 1 with commas between them, such as 2,4")
+    return numbers
+
+
+@bench.command()
+@click.option("--ranks", default="2,4", show_default=True, metavar="N,...", callback=_numbers, help="Processes.")
+@click.option(
+    "--bytes",
+    "sizes",
+    default="1e3,6.7e6",
+    show_default=True,
+    metavar="N,...",
+    callback=_numbers,
+    help="Of a network's parameters, met as nearly as its layers allow.",
+)
+@as_json
+@debug
+def allreduce(ranks: list[int], sizes: list[int], as_json: bool) -> None:
+    """What summing gradients over replicas costs over bare gloo.
+
+    bare: torch.distributed.all_reduce of a flat tensor. sum: the same by the collective that learners use. pooled: the
+    gradients of a network of that size as a learner pools them, packing included.
+    """
+    from ddrl_bus.bench.allreduce import measure, rows_as_text
+
+    _print_rows(measure(ranks, sizes), rows_as_text, as_json)
+
+
+@bench.command()
+@click.option("--updates", type=click.IntRange(min=1), default=20, show_default=True, help="Measured in each run.")
+@as_json
+@debug
+def preemption(updates: int, as_json: bool) -> None:
+    """What one slow worker costs the others, with preemption and without.
+
+    Runs ddppo with four workers three times: all alike, the last one five times slower, and the same with preemption.
+    Their environments only sleep, so few cores do.
+    """
+    from ddrl_bus.bench.preemption import measure, rows_as_text
+
+    _print_rows(measure(updates), rows_as_text, as_json)
 
 
 def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:

@@ -152,6 +152,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def still(pid: int) -> bool:
+    """Whether each thread of a process is stopped."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 @contextmanager
 def running(folder: Path, *words: str, name: str = "ddrl", topology: str = "quickstart") -> Iterator[Run]:
     """`ddrl run TOPOLOGY WORDS` in `folder`, which may hold an earlier run."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddrl_bus.experience import RECORD, BatchSlots, Slot, Unroll, UnrollSchema, under
+from ddrl_bus.nodes.batches import batch_of
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.wire import Array, Message
 
@@ -233,6 +234,107 @@ def test_a_batch_of_windows_keeps_each_ones_versions() -> None:
     assert slot.full
     assert left == 3
     assert slot.version.tolist() == [[0, 1, 20, 21, 22], [2, 3, 24, 25, 26]]
+
+
+# ── unrolls that end early ───────────────────────────────────────────────────────────────────────────────────────
+
+ROWS_OF_SHORT, LEAST = 6, 2
+SHORT = UnrollSchema(
+    ("float32", (2,)),
+    ("int64", ()),
+    {"policy": ("float32", (4,))},
+    ROWS_OF_SHORT,
+    {"h": ("float32", (3,)), "last": ("int64", ())},
+    least=LEAST,
+)
+
+
+def shortened(rows: int, envs: int = 3, seed: int = 0, truncated: Sequence[tuple[int, int]] = ()) -> Message:
+    """An unroll of random rows that was cut after so many, and went over the wire."""
+    rng = np.random.default_rng(seed)
+    unroll = Unroll(SHORT.layout(envs))
+    for array in unroll.rows.values():
+        array[...] = rng.normal(size=array.shape) if array.dtype.kind == "f" else rng.integers(0, 4, array.shape)
+    unroll.rows["terminated"][...] = unroll.rows["truncated"][...] = False
+    for t, env in truncated:
+        unroll.rows["truncated"][t, env] = True
+        unroll.truncated(t, np.array([env]), final(seed, t, np.array([env])))
+    unroll.cut(rows)
+    assert unroll.length == rows
+    return wire.decode(unroll.finish().encode("actor-0", 1, seed + 1, {}))
+
+
+@pytest.mark.parametrize("rows", range(1, ROWS_OF_SHORT + 1))
+def test_a_cut_unroll_is_the_first_rows_of_the_whole_one(rows: int) -> None:
+    """And all of what agents carried into its first row."""
+    ends = [(t, t % 3) for t in range(0, rows, 2)]
+    message, whole = shortened(rows, truncated=ends), shortened(ROWS_OF_SHORT, truncated=ends)
+    assert message.arrays.keys() == whole.arrays.keys()
+    for name, array in whole.arrays.items():
+        kept = len(array) if name.startswith(("state.", "final")) else rows + (name == "obs")
+        assert message.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(message.arrays[name], array[:kept], name)
+    assert len(message.arrays["state.h"]) == len(message.arrays["state.last"]) == 3
+    assert message.arrays["final_index"].tolist() == [t * 3 + env for t, env in ends]
+    assert SHORT.check(message) == (None if rows >= LEAST else "schema")
+
+
+def test_an_unroll_may_be_cut_again_and_not_made_longer() -> None:
+    unroll = Unroll(SHORT.layout(2))
+    arena = unroll.arena
+    unroll.cut(ROWS_OF_SHORT)
+    assert unroll.arena is arena  # nothing is cut off it
+    unroll.cut(4)
+    unroll.cut(5)
+    assert (unroll.length, len(unroll.rows["obs"])) == (4, 5)
+    unroll.cut(3)
+    assert (unroll.length, len(unroll.rows["obs"]), unroll.rows["state.h"].shape) == (3, 4, (2, 3))
+
+
+@pytest.mark.parametrize("rows", [LEAST, ROWS_OF_SHORT - 1])
+def test_all_arrays_are_cut_at_the_same_row(rows: int) -> None:
+    message, whole = shortened(rows), shortened(ROWS_OF_SHORT)
+    for name in message.arrays:
+        if not name.startswith("state."):
+            assert SHORT.check(changed(message, **{name: whole.arrays[name]})) == "schema", name
+    longer = {name: np.concatenate([array, array[:1]]) for name, array in whole.arrays.items() if "state" not in name}
+    assert SHORT.check(changed(whole, **longer)) == "schema"
+
+
+def test_no_unroll_ends_early_unless_the_schema_says_so() -> None:
+    assert SCHEMA.least == T
+    cut = {name: array if name.startswith("state.") else array[:-1] for name, array in ROWS.items()}
+    assert SCHEMA.check(replace(WHOLE, arrays=cut)) == "schema"
+    assert REPLAYED.windows(2).least == 2
+
+
+@pytest.mark.parametrize("rows", [LEAST, 4, ROWS_OF_SHORT])
+def test_a_batch_has_the_rows_of_its_unrolls(rows: int) -> None:
+    """Nothing of a longer one that its memory held before."""
+    slots = BatchSlots(SHORT, batch=5, slots=1)
+    (slot,) = slots.free
+    slots.copy(slot, shortened(ROWS_OF_SHORT, envs=5, seed=7, truncated=[(5, 4)]), 0)
+    assert (slot.length, slot.steps, slot.full) == (ROWS_OF_SHORT, ROWS_OF_SHORT * 5, True)
+    slot.clear()
+    assert (slot.length, slot.steps) == (0, 0)
+    one, other = shortened(rows, 2, 1, [(rows - 1, 1)]), shortened(rows, 3, 2, [(0, 0)])
+    slots.copy(slot, one, 0)
+    assert slot.steps == rows * 2
+    slots.copy(slot, other, 0)
+    assert (slot.length, slot.steps) == (rows, rows * 5)
+    batch = batch_of(slot, SHORT)
+    for name in ("obs", "action", "reward", "terminated", "truncated"):
+        both = np.concatenate([each.arrays[name] for each in (one, other)], axis=1)
+        np.testing.assert_array_equal(getattr(batch, name), both, name)
+    both = np.concatenate([each.arrays["record.policy"] for each in (one, other)], axis=1)
+    np.testing.assert_array_equal(batch.record["policy"], both)
+    for name in ("h", "last"):
+        both = np.concatenate([each.arrays[f"state.{name}"] for each in (one, other)])
+        np.testing.assert_array_equal(batch.state[name], both)
+    versions = [np.repeat(each.arrays["version"][:, None], n, axis=1) for each, n in ((one, 2), (other, 3))]
+    np.testing.assert_array_equal(batch.version, np.concatenate(versions, axis=1))
+    assert batch.final_index.tolist() == [(rows - 1) * 5 + 1, 2]
+    assert sorted(batch.final_index) == np.flatnonzero(batch.truncated).tolist()
 
 
 # ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────

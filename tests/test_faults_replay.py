@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import FOREVER, Run, assert_closed, running
+from runs import FOREVER, Run, assert_closed, running, still
 
 from ddrl_bus import checkpoint
 from ddrl_bus.checkpoint import Checkpoint
@@ -64,12 +64,6 @@ def storing(run: Run, shard: int) -> bool:
 def saving(run: Run, shard: int) -> bool:
     """Whether a checkpoint is half written."""
     return any(checkpoints(run, shard).glob("tmp-*"))
-
-
-def still(pid: int) -> bool:
-    """Whether each thread of a process is stopped."""
-    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def stopped(run: Run, shard: int, amid: Callable[[Run, int], bool]) -> int:

@@ -30,7 +30,7 @@ ROOMS = {
     "envs": {"errors", "algos.spaces"},
     "nodes": BELOW_NODES,
     "launch": BELOW_NODES | {"nodes"},
-    "bench": BELOW_NODES | {"nodes", "launch"},
+    "bench": BELOW_NODES | {"nodes", "launch", "sum_tree"},
     "cli": BELOW_NODES | {"nodes", "launch", "bench"},
 }
 LIBRARIES = {
@@ -48,7 +48,7 @@ LIBRARIES = {
     "envs": {"numpy", "gymnasium", "ale_py"},
     "nodes": {"numpy", "torch", "psutil"},
     "launch": {"rich", "uvloop"},
-    "bench": {"numpy", "torch", "zmq", "psutil", "matplotlib"},
+    "bench": {"numpy", "torch", "zmq", "psutil", "matplotlib", "gymnasium"},
     "cli": {"click", "rich"},
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from replicas import groups
 from runs import assert_closed, running
 
 from ddrl_bus import algos
@@ -20,12 +21,14 @@ ON_POLICY = ("a2c", "a3c", "ga3c", "ppo", "impala", "appo", "seed", "torchbeast_
 REPLAYED = {"apex": 150, "gorila": 100, "r2d2": 60, "seed_r2d2": 60}
 """System → return to reach; random play makes 22."""
 SYSTEMS = (*ON_POLICY, *REPLAYED)
+REPLICATED = {"ddppo": (), "impala": ("nodes.learner.count=2", "algo.batch=16")}
+"""System → what makes several learners of one, with as many rows an update."""
 TESTED_ELSEWHERE = {"quickstart", "two-hosts"}
 ENV_ONLY = ("ga3c", "seed", "torchbeast_poly", "seed_r2d2")
 
 
 def test_no_topology_is_left_out() -> None:
-    assert packaged().keys() == {*SYSTEMS, *TESTED_ELSEWHERE}
+    assert packaged().keys() == {*SYSTEMS, *REPLICATED, *TESTED_ELSEWHERE}
 
 
 @pytest.mark.slow
@@ -40,6 +43,20 @@ def test_a_system_learns(system: str, tmp_path: Path) -> None:
         assert closing["ledger"]["closed"]
         assert_closed(run.books())
         assert ("time/forward" in run.counters("actor-0")) == (system not in ENV_ONLY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", REPLICATED)
+def test_several_learners_learn_as_one(system: str, tmp_path: Path) -> None:
+    words = (*REPLICATED[system], "stop.reward=150", "stop.steps=200000")
+    with running(tmp_path / "run", *words, topology=system) as run:
+        closing = run.ends()
+        assert closing["reason"] == "reward", closing
+        assert closing["ledger"]["closed"]
+        assert_closed(run.books())
+        trained = [run.counters(f"learner-{n}")["trajectories/trained"] for n in (0, 1)]
+        assert min(trained) > 0
+        assert all(set(groups(run, n)[-1].ranks) == {0, 1} for n in (0, 1))
 
 
 @pytest.mark.slow

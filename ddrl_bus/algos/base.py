@@ -29,6 +29,7 @@ Array: TypeAlias = Any
 
 
 _REST = {"rng", "counters"}  # of a state, besides networks and optimizer.*
+_SPREAD = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, as an odd int64: spreads small numbers over all bits
 ConfigT = TypeVar("ConfigT", bound=AgentConfig)
 
 
@@ -90,6 +91,10 @@ class Windows(NamedTuple):
     """rows of a window"""
     starts: int
     """windows, one from each of the first rows"""
+    alpha: float = 0.0
+    """exponent of priorities: drawn with probability ∝ p^α; 0: uniformly"""
+    beta: float = 0.0
+    """exponent of the importance weights (N·P)^-β that undo it; 0: none"""
 
 
 class Algorithm(ABC, Generic[ConfigT]):
@@ -271,15 +276,15 @@ class Algorithm(ABC, Generic[ConfigT]):
         if self.all_reduce is None:
             return
         held = [p for p in self._params if p.grad is not None]
-        flat = torch.cat([p.grad.reshape(-1) for p in held] + [held[0].new_full((1,), rows)])
-        gradients = flat[:-1]
-        if self.mean_loss:
-            gradients *= rows
+        sizes = [p.numel() for p in held]
+        flat = held[0].new_empty(sum(sizes) + 1)
+        *gradients, total = torch.split(flat, [*sizes, 1])
+        for p, gradient in zip(held, gradients, strict=True):
+            p.grad = torch.mul(p.grad, rows if self.mean_loss else 1, out=gradient.view_as(p))
+        total.fill_(rows)
         self.all_reduce(flat)
         if self.mean_loss:
-            gradients /= flat[-1]
-        for p, gradient in zip(held, torch.split(gradients, [p.numel() for p in held]), strict=True):
-            p.grad = gradient.view_as(p)
+            flat[:-1] /= total
 
     @property
     def mean_loss(self) -> bool:
@@ -314,8 +319,10 @@ class Algorithm(ABC, Generic[ConfigT]):
         with torch.no_grad():
             flat = torch.cat([p.reshape(-1) for p in self._params] + [self._params[0].new_zeros(1)])
             bits = flat[: len(flat) // 2 * 2].view(torch.int64)
-            places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd: no single change is lost mod 2^64
-            return int((bits * places).sum())
+            places = torch.arange(1, 2 * len(bits), 2, device=bits.device).mul_(_SPREAD)
+            mixed = bits * places  # odd factors: no single change is lost mod 2^64
+            mixed ^= mixed >> 32  # nor do two of the same bit cancel, as two changes of sign would in a sum
+            return int(mixed.mul_(places).sum())
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything that the next update depends on: network, optimiser, generator and counters, as a flat mapping."""

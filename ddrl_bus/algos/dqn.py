@@ -50,7 +50,7 @@ class Dqn(QLearning[DqnConfig]):
     @classmethod
     def windows(cls, config: DqnConfig) -> Windows:
         n = config.n_step
-        return Windows(rows=config.unroll + n, overlap=n, length=n, starts=config.unroll)
+        return Windows(config.unroll + n, n, n, config.unroll, config.alpha, config.beta)
 
     @classmethod
     def priorities(

@@ -102,7 +102,9 @@ class Ppo(PolicyGradient[PpoConfig]):
 
     @classmethod
     def least_rows(cls, config: PpoConfig) -> int:
-        return math.ceil(config.preempt_after * config.unroll) if config.preempt else config.unroll
+        if not config.preempt:
+            return config.unroll
+        return max(1, math.ceil(config.preempt_after * config.unroll - 1e-9))  # .07 of 100 are 7, which floats exceed
 
     @classmethod
     def record(cls, config: PpoConfig, spaces: Spaces) -> dict[str, tuple[str, tuple[int, ...]]]:

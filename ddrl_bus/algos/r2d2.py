@@ -68,7 +68,7 @@ class R2d2(QLearning[R2d2Config]):
     @classmethod
     def windows(cls, config: R2d2Config) -> Windows:
         rows = config.burn_in + config.unroll
-        return Windows(rows=rows, overlap=config.burn_in, length=rows, starts=1)
+        return Windows(rows, config.burn_in, rows, 1, config.alpha, config.beta)
 
     @classmethod
     def priorities(

@@ -191,6 +191,17 @@ CASES: Final[tuple[Case, ...]] = (
     Case("r2d2-tmaze-no-memory", "r2d2", 0.95, 300_000, f"{TMAZE} algo.core=none", "stays", env="ddrl_bus/TMaze-v0",
          control_of="r2d2-tmaze", greedy=True),
     Case("seed_r2d2-tmaze", "seed_r2d2", 0.95, 300_000, TMAZE, env="ddrl_bus/TMaze-v0", greedy=True),
+    Case("ddppo-cartpole", "ddppo", 475, 200_000),
+    Case("ddppo-cartpole-4-workers", "ddppo", 475, 200_000,
+         "nodes.actor.count=4 nodes.learner.count=4 nodes.actor.envs=16 algo.batch=16"),
+    Case("ddppo-lunarlander", "ddppo", 200, MILLION,
+         "nodes.actor.envs=16 algo.batch=16 algo.unroll=128 algo.epochs=6 algo.minibatches=8 algo.lr=1e-3 "
+         "algo.entropy_cost=0.005 algo.anneal_steps=1_000_000", env="LunarLander-v3"),
+    Case("ddppo-pendulum", "ddppo", -300, 300_000,
+         "nodes.actor.envs=8 algo.batch=8 algo.unroll=100 algo.gamma=0.9 algo.reward_scale=0.1 algo.epochs=10 "
+         "algo.minibatches=8 algo.lr=1e-3 algo.entropy_cost=0.003 algo.activation=tanh algo.shared_torso=false "
+         "algo.anneal_steps=300_000", env="Pendulum-v1"),
+    Case("impala-2-learners", "impala", 450, MILLION, "nodes.learner.count=2 algo.anneal_steps=1_000_000"),
 )
 # fmt: on
 

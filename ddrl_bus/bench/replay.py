@@ -191,9 +191,8 @@ def _unroll(node: Any) -> dict[str, Array]:
 
 
 def _full_buffer(node: Any, unroll: Mapping[str, Array]) -> ReplayBuffer:
-    algo, capacity = node.plan.algo, node.plan.groups["replay"].capacity
-    windows = node.algorithm.windows(algo)
-    buffer = ReplayBuffer(node.windows_schema, windows.rows, windows.starts, capacity, algo.alpha)
+    windows, capacity = node.windows, node.plan.groups["replay"].capacity
+    buffer = ReplayBuffer(node.windows_schema, windows.rows, windows.starts, capacity, windows.alpha)
     while buffer.items < buffer.capacity:
         buffer.add(unroll)
     return buffer

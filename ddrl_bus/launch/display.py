@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Protocol, Self, TextIO
 
 from ddrl_bus.launch.remote import Status
+from ddrl_bus.metrics import WAITS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -99,17 +100,20 @@ def line(status: Status) -> str:
     )
 
 
-_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {  # title -> the gauge, by any of these names
+_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {  # title -> the gauges; what is shown is the sum of those there are
     "steps": ("env_steps",),
     "updates": ("updates",),
     "lag": ("lag_mean",),
     "queue": ("queue",),
-    "return": ("return", "return_mean"),
-    "waiting": ("wait",),
+    "items": ("items",),
+    "samples/insert": ("samples_per_insert",),
+    "return": ("return_mean",),
+    "waiting": WAITS,
     "overhead": ("overhead",),
 }
+_OF_REPLAYS: Final = frozenset({"items", "samples/insert"})
 _PERCENT: Final = frozenset({"waiting", "overhead"})
-_DIGITS: Final = {"lag": 1, "return": 1}
+_DIGITS: Final = {"lag": 1, "return": 1, "samples/insert": 2}
 
 
 def table(status: Status) -> RenderableType:
@@ -121,11 +125,14 @@ def table(status: Status) -> RenderableType:
     nodes = Table(box=None, pad_edge=False, header_style="dim")
     nodes.add_column("node", no_wrap=True)
     nodes.add_column("state")
-    for title in _COLUMNS:
+    everybody = status.get("nodes") or {}
+    replays = any(node.get("role") == "replay" for node in everybody.values())
+    titles = [title for title in _COLUMNS if replays or title not in _OF_REPLAYS]
+    for title in titles:
         nodes.add_column(title, justify="right")
-    for name, node in (status.get("nodes") or {}).items():
+    for name, node in everybody.items():
         gauges = node.get("gauges") or {}
-        nodes.add_row(name, str(node.get("state") or "-"), *(cell(gauges, title) for title in _COLUMNS))
+        nodes.add_row(name, str(node.get("state") or "-"), *(cell(gauges, title) for title in titles))
     phase = f"{status.get('phase') or '-'} {status.get('reason') or ''}".strip()
     head = f"{status.get('name')}  {phase}  {number(status.get('wall_s'))} s"
     body = (
@@ -137,7 +144,8 @@ def table(status: Status) -> RenderableType:
 
 
 def cell(gauges: Mapping[str, float], title: str) -> str:
-    value = next((gauges[name] for name in _COLUMNS[title] if name in gauges), None)
+    values = [gauges[name] for name in _COLUMNS[title] if name in gauges]
+    value = sum(values) if values else None
     return percent(value) if title in _PERCENT else number(value, _DIGITS.get(title, 0))
 
 

@@ -172,10 +172,10 @@ class Actor(Node):
 
     def _preempted(self, rows: int) -> bool:
         """Whether the others have waited long enough for a rollout that has so many rows."""
-        tally, config = self.tally, self.plan.algo
+        tally = self.tally
         if tally is None or tally.update != self.version + 1:
             return False
-        return preempted(rows, config.unroll, tally.done, tally.workers, config.preempt, config.preempt_after)
+        return preempted(rows, self.schema.least, tally.done, tally.workers, self.plan.algo.preempt)
 
     def _new_env(self, restart: int) -> None:
         self.env_group = VectorEnv(self.env, self.envs, self.seeds(restart))

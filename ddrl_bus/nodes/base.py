@@ -166,8 +166,8 @@ class Node(ABC):
         )
 
     @cached_property
-    def windows_schema(self) -> UnrollSchema:
-        """The arrays of the windows that a replay node draws, the same at the learner that trains on them.
+    def windows(self) -> Windows:
+        """What a replay node draws, and how.
 
         Raises:
             UsageError: for an algorithm that learns from unrolls as they come.
@@ -175,7 +175,12 @@ class Node(ABC):
         windows = self.algorithm.windows(self.plan.algo)
         if windows is None:
             raise UsageError(f"{self.name}: {self.plan.algo_name} replays nothing, expected an algorithm that does")
-        return self.schema.windows(windows.length)
+        return windows
+
+    @cached_property
+    def windows_schema(self) -> UnrollSchema:
+        """The arrays of the windows that a replay node draws, the same at the learner that trains on them."""
+        return self.schema.windows(self.windows.length)
 
     def unrolls_of(self, envs: int) -> Unrolls:
         """The unrolls of a new vector of environments."""

@@ -79,7 +79,6 @@ class Collective:
         options = self._dist.ProcessGroupGloo._Options()
         options._devices = [self._dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = self._deadline
-        options._threads = 1
         return self._dist.ProcessGroupGloo(self._dist.PrefixStore("gloo", meeting), self.rank, self.world, options)
 
     def _own_gpus(self, meeting: Dist, device: torch.device) -> bool:
@@ -137,7 +136,11 @@ class Collective:
         self._gloo = self._nccl = None  # gloo's connections close with the last reference
 
     def _wait(self, work: Dist) -> None:
-        if not work.wait(self._deadline):
+        try:
+            ended = work.wait(self._deadline)
+        finally:
+            del work  # a traceback would keep it, and it keeps connections open that others are to see closed
+        if not ended:
             raise RuntimeError("no end before the deadline")
 
     @contextmanager

@@ -205,11 +205,12 @@ class Controller(Node):
         return ""
 
     def _regroup(self, now: float) -> None:
-        """Learners come and go until the end begins."""
+        """Learners come and go until the end begins; a group that goes on without us is told of, too."""
         if self.control.phase != "drain" and self.membership.decide(now):
-            group, missing = self.membership.group, self.membership.missing
-            self.log.info("group=%s missing=%s", group, ",".join(missing) or "nobody")
-            self._publish(replace(self.control, group=group))
+            missing = ",".join(self.membership.missing) or "nobody"
+            self.log.info("group=%s missing=%s", self.membership.group, missing)
+        if self.membership.group != self.control.group:
+            self._publish(replace(self.control, group=self.membership.group))
 
     def _ask_to_confirm(self, reason: str, now: float) -> None:
         self.reason, self.confirmed = reason, None

@@ -18,6 +18,7 @@ from ddrl_bus.metrics import clock
 from ddrl_bus.nodes.base import ROLES, Node
 from ddrl_bus.nodes.shards import Published, Slices
 from ddrl_bus.topology.plan import Plan
+from ddrl_bus.topology.schema import EvaluatorOptions
 
 MAX_STEPS: Final = 100_000
 """Steps after which an evaluation episode counts as over, for environments without a time limit."""
@@ -114,13 +115,15 @@ def play(
     return list(returns.values())
 
 
-def evaluate(plan: Plan, saved: Checkpoint, episodes: int, seed: int, *, greedy: bool = True) -> dict[str, Any]:
-    """What the weights of a checkpoint are worth: the closing object of `ddrl eval`."""
+def evaluate(plan: Plan, saved: Checkpoint, episodes: int, seed: int) -> dict[str, Any]:
+    """What the weights of a checkpoint are worth, played as the run's evaluator plays: the closing object of `ddrl
+    eval`."""
     env = envs.EnvConfig(**plan.env.model_dump())
     algorithm = algos.algorithm(plan.algo_name)
     policy = make_policy(algorithm, plan.algo, envs.describe(env), seed)
     policy.load(_net(saved.arrays))
     seeds = np.random.SeedSequence([seed, ROLES.index("evaluator")])
+    greedy = all(options.greedy for options in plan.groups.values() if isinstance(options, EvaluatorOptions))
     returns = play(policy, env, episodes, seeds, greedy=greedy, env_steps=saved.values["env_steps"])
     return {
         "return": float(np.mean(returns)),

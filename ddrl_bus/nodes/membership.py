@@ -3,7 +3,8 @@
     everybody is here, or MEET_S is over  ─→  the first group
     a member is gone, silent or lives anew, a learner came, or the group failed a member  ─→  the next one
 
-A group in order needs no controller. A new controller takes the newest group that a heartbeat names for its own.
+A group in order needs no controller. A new controller takes the newest group that a heartbeat names for its own, and
+hears of a newer one, which nobody came into, as of one that failed.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Membership:
         self._planned, self._began = planned, now
         self._heard: dict[str, Heard] = {}
         self._broken_at: float | None = None  # when the first member said that the group had failed it
+        self._taken_over_at: float | None = None  # when we heard of a group that another controller formed
 
     def heard(self, name: str, epoch: int, replica: Replica | None, now: float, *, gone: bool = False) -> None:
         """A heartbeat; `gone` if it is its last."""
@@ -54,8 +56,8 @@ class Membership:
             return
         self._heard[name] = Heard(epoch, replica, now)
         if replica.group is not None and replica.group.generation > self._generation:
-            self.group, self._broken_at = replica.group, None
-        if self._broken_at is None and self.group is not None and replica.broken == self._generation:
+            self.group, self._broken_at, self._taken_over_at = replica.group, None, now
+        if self._broken_at is None and self.group is not None and replica.broken >= self._generation:
             self._broken_at = now
 
     def decide(self, now: float) -> bool:
@@ -69,8 +71,10 @@ class Membership:
         if not wanted or (wanted == members and self._broken_at is None):
             return False
         first = next(iter(wanted))
-        self.group = Group(self._generation + 1, wanted, here[first].replica.store)
-        self._broken_at = None
+        newest = max(self._generation, *(heard.replica.broken for heard in self._heard.values()))
+        self.group = Group(newest + 1, wanted, here[first].replica.store)
+        self._heard = here  # whoever is left out is to be heard anew first
+        self._broken_at = self._taken_over_at = None
         return True
 
     @property
@@ -81,9 +85,12 @@ class Membership:
         """Whether somebody may yet be heard without whom nothing is to be decided."""
         if self.group is None:
             return len(self._heard) < len(self._planned) and now - self._began < MEET_S
-        if self._broken_at is not None and now - self._broken_at < SUSPECT_S:
-            return any(name in self._heard and self._heard[name].at < self._broken_at for name in members)
-        return any(name not in self._heard for name in members) and now - self._began < SILENT_S
+        taken_over = self._taken_over_at is not None and now - self._taken_over_at < SILENT_S
+        if taken_over and any(name not in self._heard for name in members):
+            return True
+        if self._broken_at is None or now - self._broken_at >= SUSPECT_S:
+            return False
+        return any(name in self._heard and self._heard[name].at < self._broken_at for name in members)
 
     def _is_here(self, heard: Heard, now: float) -> bool:
         fresh = now - heard.at < SILENT_S

@@ -7,18 +7,17 @@ is from the paper's code, habitat-lab's ppo_trainer.py.
 from __future__ import annotations
 
 SLACK = 1e-9
-"""Shares are decimal fractions, which floats miss by less: 3 of 5 are 0.6."""
+"""Shares are decimal fractions, which floats miss by less: .07 of 100 are 7."""
 
 
-def preempted(rows: int, rollout: int, done: int, workers: int, share: float, least: float) -> bool:
+def preempted(rows: int, least: int, done: int, workers: int, share: float) -> bool:
     """Whether a worker that has played `rows` of its rollout stops there.
 
     Args:
         rows: steps of each of its environments so far.
-        rollout: steps of each environment in a whole rollout.
+        least: rows that a worker plays in any case.
         done: workers that have played theirs.
         workers: all of them.
         share: of the workers that must have played theirs; 0: nobody is ever stopped.
-        least: share of its rollout that a worker plays in any case.
     """
-    return share > 0 and done >= share * workers - SLACK and rows >= least * rollout - SLACK
+    return share > 0 and done >= share * workers - SLACK and rows >= least

@@ -75,23 +75,13 @@ class Replay(Node):
     def _build(self) -> None:
         options: Any = self.node.options
         self.save: bool = options.save
-        algo = self.plan.algo
-        windows = self.algorithm.windows(algo)
-        assert windows is not None  # roles.py: samples are of rules that replay
-        self.windows = windows
-        self.buffer = ReplayBuffer(
-            self.windows_schema,
-            windows.rows,
-            windows.starts,
-            options.capacity,
-            alpha=getattr(algo, "alpha", 0.0),
-            seed=int(self.seeds().generate_state(1)[0]),
-        )
+        rows, starts, alpha = self.windows.rows, self.windows.starts, self.windows.alpha
+        seed = int(self.seeds().generate_state(1)[0])
+        self.buffer = ReplayBuffer(self.windows_schema, rows, starts, options.capacity, alpha, seed)
         self._check_batch()
-        self.largest = windows.starts * self.most
-        self.limiter = RateLimiter(
-            options.min_size, options.samples_per_insert, options.slack, insert=self.largest, batch=algo.batch
-        )
+        self.largest = starts * self.most
+        limits = options.min_size, options.samples_per_insert, options.slack
+        self.limiter = RateLimiter(*limits, insert=self.largest, batch=self.plan.algo.batch)
         self.env_steps = 0
         self.folder = self.run_dir / f"checkpoints-{self.name}"
         self._restore()

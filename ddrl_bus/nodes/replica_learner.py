@@ -46,6 +46,7 @@ class ReplicaLearner(Learner):
         self.collective: Collective | None = None
         self.digests: deque[tuple[int, int]] = deque()  # of updates that the event loop does not know of yet
         self.failed: list[Slot] = []  # what was under way when the group failed
+        self.failed_at = 0  # environment steps before the first of it
         self.failure: LostReplicaError | None = None
         await super().start()
         self.clocks |= {name: clock(self.ledger, name) for name in ("all_reduce", "replicas_wait")}
@@ -174,17 +175,17 @@ class ReplicaLearner(Learner):
         led, self.trainer.saves = self.trainer.saves, next(iter(group.members)) == self.name
         advanced = self.algo.updates - self.made
         self.made = self.promised = self.algo.updates
-        self._settle_failed(trained=advanced > 0)
+        self._settle_failed()
         self.formed = True
         self._stand(group=group)
         self.log.info("generation=%d of=%s updates=%d", group.generation, ",".join(group.members), self.made)
         return advanced > 0 or self.trainer.saves > led
 
-    def _settle_failed(self, *, trained: bool) -> None:
+    def _settle_failed(self) -> None:
         """The first of what was under way was made to count, by us or by others, or all of it is to be done again; but
-        what has become too old."""
+        what has become too old. Others who went on without us counted other steps."""
         slots, self.failed, self.failure = self.failed, [], None
-        if trained and slots:
+        if slots and self.algo.env_steps == self.failed_at + slots[0].env_steps:
             self.source.trained(slots[0])
             self._free(slots.pop(0))
         self.ready.extendleft(reversed(slots))
@@ -229,7 +230,7 @@ class ReplicaLearner(Learner):
             self.algo.device,
             self.deadline,
         )
-        self.algo.all_reduce = self._sum
+        self.algo.all_reduce = self._sum if len(ranks) > 1 else None
         self._agree(self.collective)
 
     def _agree(self, collective: Collective) -> None:
@@ -258,6 +259,8 @@ class ReplicaLearner(Learner):
         try:
             updated = super()._update(slot)
         except LostReplicaError as lost:
+            if not self.failed:
+                self.failed_at = self.algo.env_steps
             if self.algo.gradient_steps > before:
                 self.algo.count(slot.env_steps)
             self.failure = lost

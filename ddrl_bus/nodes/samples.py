@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -79,10 +79,8 @@ class Samples:
         self.shards = [Shard(name, node.open_client("samples", n)) for n, name in enumerate(peers)]
         self._joins = env_steps is None
         self._uncounted = -(env_steps or 0)  # environment steps that shards took in, and no batch has counted
-        algo: Any = node.plan.algo
-        self._alpha: float = getattr(algo, "alpha", 0.0)
-        self._beta: float = getattr(algo, "beta", 0.0)
-        self._batch: int = algo.batch
+        self._alpha, self._beta = node.windows.alpha, node.windows.beta
+        self._batch: int = node.plan.algo.batch
         self._schema = node.windows_schema
         self._sharing = _learners(node, next(iter(peers)))
         self._rng = np.random.default_rng(node.seeds(stream=1))

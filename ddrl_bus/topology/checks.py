@@ -172,6 +172,16 @@ def check_stop(groups: Iterable[NodeOptions], stops_by_reward: bool, root: Node,
         problems.add(root.find(("stop", "reward")), "stop.reward", message)
 
 
+def check_in_process(plan: Plan, root: Node, problems: Problems) -> None:
+    """In one process all nodes compute on one thread."""
+    learners = [name for name, options in plan.groups.items() if options.kind == "learner" and options.count]
+    count = sum(plan.groups[name].count for name in learners)
+    if plan.in_process and "sync" in plan.links and count > 1:
+        at, path = root.find(("nodes", learners[-1], "count")), dotted(("nodes", learners[-1], "count"))
+        why = "replicas wait for one another in each update, and in one process nobody would come"
+        problems.add(at, path, f"{count} nodes of kind learner, expected 1: {why}; run without --in-process")
+
+
 # ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -71,6 +71,7 @@ def load(
 def _judged(plan: Plan, tree: Node, catalog: Catalog, problems: Problems) -> Plan:
     """The plan itself, once nothing is wrong with it here."""
     exposed, env = Problems(), Problems()
+    checks.check_in_process(plan, tree, problems)
     checks.check_addresses(plan, tree, problems)
     checks.check_security(plan, tree, exposed)
     checks.check_env(plan, catalog, tree, env)

@@ -3,9 +3,9 @@
     actor         with `weights` it has a policy of its own; with `act` it asks an inference node for its actions
     learner       trains on `trajectories` as they come, or on `samples` that replay nodes draw
                   applies its gradients itself; with `gradients` it has parameter servers apply them
+                  several: with `sync` they sum their gradients, as replicas; `tally` ends their actors' rollouts early
     replay        keeps trajectories, draws samples of them
     inference     assembles trajectories itself where it holds that port, else its actors do
-                  several: with `sync` they sum their gradients, as replicas; `tally` ends their actors' rollouts early
     evaluator     plays a learner's `weights`, or a parameter server's `parameters`
 
 What stands idle, and what two would do at once, is refused.
@@ -79,12 +79,14 @@ class Roles:
 
     def _check_replay(self) -> None:
         """Whether a rule replays is its nature, and no matter of wiring."""
-        drawn = "samples" in self.links
-        if drawn and not self.algorithm.replayed:
+        if self.settings is None:  # refused elsewhere
+            return
+        drawn, replays = "samples" in self.links, self.algorithm.windows(self.settings) is not None
+        if drawn and not replays:
             message = "it learns from what its newest policies played, and samples are of old ones"
             fix = "send links.trajectories to learner and leave links.samples out, or use a rule such as dqn"
             self._say(("algo", "name"), f"{message}; {fix}")
-        elif self.algorithm.replayed and not drawn:
+        elif replays and not drawn:
             message = "it learns from samples, which replay nodes draw for it"
             fix = "add a group replay to nodes, name it in links.trajectories.to, and add links.samples"
             self._say(("algo", "name"), f"{message}; {fix}")
@@ -207,8 +209,11 @@ class Roles:
             message = "learners either have param_servers apply their gradients, or sum them among themselves"
             self._say(("links", "sync"), f"{message}; leave it or links.gradients out")
         if "samples" in self.links:
-            message = f"{count} nodes of kind learner, expected 1: replicas train on unrolls as they come"
-            self._say(("nodes", learners[-1], "count"), f"{message}, and what is drawn is of nobody's turn")
+            why = "replicas train on unrolls as they come, and what is drawn is of nobody's turn"
+            if count > 1:
+                self._say(("nodes", learners[-1], "count"), f"{count} nodes of kind learner, expected 1: {why}")
+            else:
+                self._say(("links", "sync"), f"{why}; leave it out")
         for group in learners:
             options = self.groups[group]
             if isinstance(options, LearnerOptions) and options.trainers != 1:

@@ -363,12 +363,8 @@ class AlgorithmEntry:
     one_pass: bool = True
     """An update is one gradient, so that somebody else can apply it."""
     windows: Callable[[Any], Any] = lambda config: None
-    """Of its Config: how an unroll is replayed, as `algos.base.Windows`; None for a rule that does not replay."""
-
-    @property
-    def replayed(self) -> bool:
-        """It learns from what a replay node draws, not from unrolls as they come."""
-        return "samples" in self.wiring
+    """Of its Config: how an unroll is replayed, as `algos.base.Windows`; None for a rule that learns from unrolls as
+    they come."""
 
 
 @dataclass(frozen=True)

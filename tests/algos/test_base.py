@@ -299,6 +299,144 @@ def test_weights_are_a_snapshot_and_seeds_decide_them() -> None:
     assert not np.array_equal(kept["policy.weight"], other["policy.weight"])
 
 
+# ── replicas
+
+
+def with_parameters(count: int, seed: int = 0) -> Algorithm[Any]:
+    """A learner of so many parameters, as `digest` sees them, all random."""
+    learner = make()
+    learner._params = [torch.nn.Parameter(torch.randn(count, generator=torch.Generator().manual_seed(seed)))]
+    return learner
+
+
+def bits_of(learner: Algorithm[Any]) -> NDArray[np.uint32]:
+    (flat,) = learner._params
+    found: NDArray[np.uint32] = flat.detach().numpy().view(np.uint32)
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_equal_parameters_have_equal_digests(rule: str) -> None:
+    learner, other = make(rule, seed=0), make(rule, seed=9)
+    assert learner.digest() != other.digest()
+    learner.step(batch_of(learner))
+    other.load_state(learner.state())
+    assert learner.digest() == learner.digest() == other.digest()
+    assert -(2**63) <= learner.digest() < 2**63  # as a vote and a collective carry it
+    other.step(batch_of(other, seed=1))
+    assert learner.digest() != other.digest()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_a_digest_tells_of_each_bit(count: int) -> None:
+    learner = with_parameters(count)
+    expected, bits = learner.digest(), bits_of(learner)
+    seen = {expected}
+    for place in range(count):
+        for bit in range(32):
+            bits[place] ^= np.uint32(1 << bit)
+            seen.add(learner.digest())
+            bits[place] ^= np.uint32(1 << bit)
+    assert len(seen) == 1 + 32 * count
+    assert learner.digest() == expected
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_a_digest_tells_of_two_changes(count: int) -> None:
+    """Of two parameters that change places, and of the same bit in two places: of signs, for one."""
+    learner = with_parameters(count)
+    expected, bits = learner.digest(), bits_of(learner)
+    for one, other in ((a, b) for a in range(count) for b in range(a)):
+        bits[[one, other]] = bits[[other, one]]
+        assert learner.digest() != expected, (one, other)
+        bits[[one, other]] = bits[[other, one]]
+        for bit in range(32):
+            bits[[one, other]] ^= np.uint32(1 << bit)
+            assert learner.digest() != expected, (one, other, bit)
+            bits[[one, other]] ^= np.uint32(1 << bit)
+    assert learner.digest() == expected
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("rows", [(30, 30), (30, 6), (1, 29)])
+def test_pooled_gradients_are_those_of_all_rows(reduction: str, rows: tuple[int, int]) -> None:
+    """g is what a replica's loss has over its own rows: a sum over them, or their mean."""
+    rng = np.random.default_rng(0)
+    learners = [make(reduction=reduction) for _ in rows]
+    gradients = [[torch.tensor(rng.normal(size=p.shape)).float() for p in learners[0]._params] for _ in rows]
+    given: list[torch.Tensor] = []
+
+    def pool(rank: int) -> None:
+        learner = learners[rank]
+        for p, gradient in zip(learner._params, gradients[rank], strict=True):
+            p.grad = gradient.clone()
+        learner._params[-1].grad = None  # of no use to this loss, at nobody's
+        learner._pool_gradients(rows[rank])
+
+    learners[0].all_reduce = given.append
+    pool(0)
+    (first,) = (tensor.clone() for tensor in given)
+    for tensor in given:
+        assert tensor.is_contiguous()
+    scale = rows[0] if reduction == "mean" else 1
+    held = learners[0]._params[:-1]
+    mine = torch.cat([g.flatten() for g in gradients[0][:-1]])
+    assert first.shape == (sum(p.numel() for p in held) + 1,)
+    learners[1].all_reduce = lambda tensor: tensor.add_(torch.cat([mine * scale, torch.tensor([float(rows[0])])]))
+    pool(1)
+    weights = [n / sum(rows) for n in rows] if reduction == "mean" else [1, 1]
+    for p, *both in zip(learners[1]._params[:-1], *(each[:-1] for each in gradients), strict=True):
+        assert p.grad is not None
+        expected = sum(w * g for w, g in zip(weights, both, strict=True))
+        torch.testing.assert_close(p.grad, expected, rtol=1e-5, atol=1e-6)
+    assert learners[1]._params[-1].grad is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_one_replica_alone_learns_what_nobody_pools(reduction: str) -> None:
+    alone, replica = (make(reduction=reduction, optimizer="sgd", lr=0.1) for _ in range(2))
+    sizes: list[int] = []
+    replica.all_reduce = lambda tensor: sizes.append(tensor.numel())
+    for seed in range(3):
+        alone.step(make_batch(seed))
+        replica.step(make_batch(seed))
+    for ours, theirs in zip(alone.weights().values(), replica.weights().values(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert len(sizes) == 3  # one piece for each gradient
+
+
+def test_gradients_are_pooled_before_they_are_clipped() -> None:
+    """Each replica would clip another share of what is one gradient."""
+    learner = make(max_grad_norm=0.01, optimizer="sgd", lr=1.0)
+    learner.all_reduce = lambda tensor: tensor.mul_(100)
+    before = learner.weights()
+    learner.step(make_batch())
+    moved = np.concatenate([(learner.weights()[name] - before[name]).ravel() for name in before])
+    assert np.linalg.norm(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_sums_are_pooled_into_a_tensor_of_their_own() -> None:
+    learner = make()
+    mine = torch.tensor([1.0, 2.0])
+    assert learner.pooled(mine) is mine
+    learner.all_reduce = lambda tensor: tensor.add_(10)
+    assert learner.pooled(mine).tolist() == [11, 12]
+    assert mine.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("rule", "steps"), [("impala", 1), ("ppo", 6)])
+def test_gradient_steps_are_part_of_the_state(rule: str, steps: int) -> None:
+    """Who has made more of them is further, also within an update."""
+    settings = {"epochs": 3, "minibatches": 2} if rule == "ppo" else {}
+    learner, other = (make(rule, seed=seed, **settings) for seed in (0, 1))
+    for seed in range(2):
+        learner.step(batch_of(learner, seed))
+    assert learner.gradient_steps == 2 * steps
+    learner._descend()
+    other.load_state(learner.state())
+    assert (other.gradient_steps, other.updates, other.env_steps) == (2 * steps + 1, 2, 2 * T * B)
+
+
 # ── settings, and what is left alone
 
 

@@ -133,7 +133,8 @@ def test_a_stack_is_what_was_seen_and_goes_on_into_final_observations() -> None:
 
 
 def test_windows_begin_at_every_row_and_overlap_by_their_length() -> None:
-    assert Dqn.windows(DqnConfig(unroll=10, n_step=3)) == Windows(rows=13, overlap=3, length=3, starts=10)
+    found = Dqn.windows(DqnConfig(unroll=10, n_step=3, alpha=0.7, beta=0.2))
+    assert found == Windows(rows=13, overlap=3, length=3, starts=10, alpha=0.7, beta=0.2)
 
 
 @pytest.mark.parametrize("changes", [{}, {"rescale": True, "reward_clip": "one"}, {"dueling": False, "double": False}])

@@ -144,7 +144,8 @@ def test_burn_in_leads_to_the_state_that_acting_had() -> None:
 
 
 def test_sequences_overlap_by_the_burn_in() -> None:
-    assert R2d2.windows(R2d2Config(unroll=10, burn_in=4)) == Windows(rows=14, overlap=4, length=14, starts=1)
+    found = R2d2.windows(R2d2Config(unroll=10, burn_in=4, alpha=0.7, beta=0.2))
+    assert found == Windows(rows=14, overlap=4, length=14, starts=1, alpha=0.7, beta=0.2)
 
 
 @pytest.mark.parametrize("changes", [{}, {"rescale": False, "core": "none"}])

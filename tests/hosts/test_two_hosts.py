@@ -11,12 +11,13 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from replicas import forms, train, updates
 from runs import ENVIRON, FOREVER, Run, assert_closed, command
 
 from ddrl_bus.launch import closing
@@ -25,6 +26,12 @@ from ddrl_bus.transport import ledger
 ADDRESSES = {"gpu0": "10.77.0.1", "cpu1": "10.77.0.2"}
 LATE_S = 10.0
 DOWN_S = 2.0
+TWO_HOSTS = ("two-hosts", "nodes.actor.count=2")
+DDPPO = (
+    *("ddppo", *(f"hosts.{host}={address}" for host, address in ADDRESSES.items()), "insecure=true"),
+    *("nodes.actor.host=[gpu0, cpu1]", "nodes.learner.host=[gpu0, cpu1]", "nodes.learner.deadline=3s", *FOREVER),
+)
+"""A worker on each host; everybody else is on the first."""
 MISSING = "needs root and iproute2" if os.geteuid() or not shutil.which("ip") else ""
 
 pytestmark = [
@@ -44,10 +51,11 @@ class Cable:
     namespaces: dict[str, str]
     ends: dict[str, str]
 
-    def unplugged(self, seconds: float) -> None:
+    @contextmanager
+    def unplugged(self) -> Iterator[None]:
         ip("-n", self.namespaces["gpu0"], "link", "set", self.ends["gpu0"], "down")
         try:
-            time.sleep(seconds)
+            yield
         finally:
             ip("-n", self.namespaces["gpu0"], "link", "set", self.ends["gpu0"], "up")
 
@@ -71,10 +79,10 @@ def cable() -> Iterator[Cable]:
 
 
 @contextmanager
-def share(cable: Cable, host: str, folder: Path, *overrides: str) -> Iterator[Run]:
+def share(cable: Cable, host: str, folder: Path, *overrides: str, topology: Sequence[str] = TWO_HOSTS) -> Iterator[Run]:
     """`ddrl-node --host HOST` on that host."""
     sockets = Path(tempfile.mkdtemp(prefix=f"{host}-"))  # a path that leaves room for the names of sockets
-    words = ["-t", "two-hosts", "--host", host, "--json", "--run-dir", str(folder), "nodes.actor.count=2", *overrides]
+    words = ["-t", *topology, "--host", host, "--json", "--run-dir", str(folder), *overrides]
     environ = ENVIRON | {"TMPDIR": str(sockets), "GPU0": ADDRESSES["gpu0"], "CPU1": ADDRESSES["cpu1"]}
     prefix = ("ip", "netns", "exec", cable.namespaces[host])
     run = Run(folder, command(*words, name="ddrl_node", prefix=prefix), environ)
@@ -121,7 +129,8 @@ def test_the_learner_comes_late_and_the_cable_is_pulled(cable: Cable, tmp_path: 
         assert actors.process.poll() is None, actors.said
         with share(cable, "gpu0", tmp_path / "gpu0", *overrides) as learner:
             learner.until(lambda: learner.trained() > 20, "training over tcp")
-            cable.unplugged(DOWN_S)
+            with cable.unplugged():
+                time.sleep(DOWN_S)
             learner.trains_on(50, "training after the cable was plugged in again")
             ended = learner.ends()
             assert actors.ends() == {}
@@ -159,3 +168,32 @@ def test_a_killed_actor_of_another_host_closes_the_books_exactly(cable: Cable, t
         assert actors.ends() == {}
         assert_books_agree(learner, actors)
         assert ended["ledger"]["closed"]
+
+
+def test_replicas_on_two_hosts_lose_each_other_and_meet_again(cable: Cable, tmp_path: Path) -> None:
+    """Without its cable the host that has no controller trains nothing: there are never two groups."""
+    with (
+        share(cable, "gpu0", tmp_path / "gpu0", topology=DDPPO) as first,
+        share(cable, "cpu1", tmp_path / "cpu1", topology=DDPPO) as second,
+    ):
+        both = forms(second, 0, 1)
+        train(first, 0)
+        train(second, 1)
+        with cable.unplugged():
+            alone = forms(first, 0, after=both.generation)
+            made = updates(second, 1)
+            train(first, 0)
+            assert updates(second, 1) == made
+        again = forms(second, 0, 1, after=alone.generation)
+        assert again.updates > alone.updates
+        train(second, 1)
+        second.close()
+        last = forms(first, 0, after=again.generation)
+        train(first, 0)
+        first.process.send_signal(signal.SIGTERM)
+        assert first.ends()["reason"] == "stop"
+        assert last.updates > again.updates
+        for host, run in (("gpu0", first), ("cpu1", second)):
+            assert "DivergedError" not in run.said, host
+        pages = [ledger.read(page) for run in (first, second) for page in (run.folder / "ledger").glob("*.page")]
+        assert_closed(ledger.audit(pages)["trajectories"])

@@ -31,7 +31,7 @@ def test_a_near_name_is_proposed() -> None:
 @pytest.mark.parametrize("name", catalog().algorithms)
 def test_a_rule_is_wired_to_a_replay_if_it_replays(name: str) -> None:
     entry = catalog().algorithms[name]
-    assert (entry.windows(entry.config()) is not None) == entry.replayed
+    assert (entry.windows(entry.config()) is not None) == ("samples" in entry.wiring)
 
 
 def test_catalog_has_every_algorithm_and_probes_when_asked() -> None:

@@ -17,7 +17,11 @@ STATUS: Status = {
     "return": 213.44,
     "best_return": 250.0,
     "nodes": {
-        "actor-0": {"role": "actor", "state": "running", "gauges": {"overhead": 0.02, "wait": 0.5}},
+        "actor-0": {
+            "role": "actor",
+            "state": "running",
+            "gauges": {"overhead": 0.02, "send_wait": 0.3, "weights_wait": 0.2},
+        },
         "actor-1": {"role": "actor", "state": "running", "gauges": {"overhead": 0.04}},
         "learner-0": {"role": "learner", "state": "running", "gauges": {"lag_mean": 1.25, "queue": 2, "updates": 488}},
         "evaluator-0": {"role": "evaluator", "state": "unheard", "gauges": {}},
@@ -49,6 +53,16 @@ def test_table_has_a_row_per_node() -> None:
     assert rows["actor-0"] == ["running", "-", "-", "-", "-", "-", "50.0%", "2.0%"]
     assert rows["learner-0"] == ["running", "-", "488", "1.2", "2", "-", "-", "-"]
     assert rows["evaluator-0"][0] == "unheard"
+
+
+def test_replays_show_what_they_hold_and_how_often_it_is_drawn() -> None:
+    held = {"items": 120_000, "samples_per_insert": 3.987, "requests_wait": 0.25, "return_mean": 87.0}
+    nodes = {**STATUS["nodes"], "replay-0": {"role": "replay", "state": "running", "gauges": held}}
+    rows = {words[0]: words[1:] for line in rendered({"nodes": nodes}).splitlines() if (words := line.split())}
+
+    assert rows["node"][4:7] == ["queue", "items", "samples/insert"]
+    assert rows["replay-0"] == ["running", *"----", "120,000", "3.99", "87.0", "25.0%", "-"]
+    assert rows["actor-0"] == ["running", *"-------", "50.0%", "2.0%"]
 
 
 def test_gaps_are_dashes() -> None:

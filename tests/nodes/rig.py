@@ -60,7 +60,8 @@ REPLAY = (
 def make_plan(folder: Path, *overrides: str, in_process: bool = True) -> Plan:
     path = folder / "rig.yaml"
     path.write_text(TOPOLOGY)
-    return load(path, overrides=overrides, catalog=catalog(), in_process=in_process)
+    plan = load(path, overrides=overrides, catalog=catalog())
+    return replace(plan, in_process=in_process)  # replicas too, on threads of their own
 
 
 def epoch(life: int) -> int:

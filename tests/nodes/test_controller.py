@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import PATIENCE_S, WORKERS, Living, Rig, beat, eventually, json_of, progress_of, rig_of
+from rig import PATIENCE_S, WORKERS, Living, Rig, beat, epoch, eventually, json_of, progress_of, rig_of
 
 from ddrl_bus.errors import FencedError, RemoteError
-from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Progress, parse
+from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Group, Progress, Replica, parse
 from ddrl_bus.nodes import controller as controllers
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Client
@@ -171,6 +171,18 @@ async def test_a_new_life_asks_with_a_number_that_was_never_used(on_stage: OnSta
         await stage.everybody()
         await stage.evaluated(500.0, number=2)
         assert (await stage.said("confirm")).confirm > before.confirm
+
+
+# ── replicas ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_new_controller_tells_of_the_group_that_it_takes_over(on_stage: OnStage) -> None:
+    async with on_stage("nodes.learner.count=2") as stage:
+        group = Group(3, {"learner-1": epoch(1), "learner-0": epoch(1)}, "127.0.0.1:1")
+        for name in group.members:
+            await stage.beat(name, replica=Replica("127.0.0.1:1", group))
+        assert await stage.said("run", group=group)
+        assert (await stage.beat("actor-0")).group == group
 
 
 # ── drain ────────────────────────────────────────────────────────────────────────────────────────────────────────

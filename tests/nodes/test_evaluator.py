@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import walks
-from rig import REPLAY, WORKERS, FakeController, Living, Rig, eventually, net, publish_weights, rig_of
+from rig import REPLAY, WORKERS, FakeController, Living, Rig, eventually, make_plan, net, publish_weights, rig_of
 
 from ddrl_bus import envs
 from ddrl_bus.algos import algorithm
@@ -184,8 +184,6 @@ async def test_exploration_has_faded_as_far_as_the_weights_have_come(
 
 
 def test_evaluate_plays_the_network_of_a_checkpoint(tmp_path: Path) -> None:
-    from rig import make_plan
-
     arrays = {f"net.{name}": array for name, array in leaning(0).items()} | {"counters": np.array([3, 120])}
     saved = Checkpoint(120, arrays, {"env_steps": 120, "updates": 3})
     found = evaluate(make_plan(tmp_path), saved, episodes=4, seed=9)
@@ -197,3 +195,13 @@ def test_evaluate_plays_the_network_of_a_checkpoint(tmp_path: Path) -> None:
     }
     assert 8 <= found["min"] <= found["return"] <= found["max"] <= 11
     assert evaluate(make_plan(tmp_path), saved, episodes=4, seed=9) == found
+
+
+@pytest.mark.parametrize("greedy", ["true", "false"])
+def test_evaluate_plays_as_the_evaluator_of_the_run_does(tmp_path: Path, greedy: str) -> None:
+    """Leaning a little to one side, the likeliest action is always the same, and a pole falls within 11 steps."""
+    arrays = {f"net.{name}": array for name, array in leaning(0).items()}
+    arrays["net.policy.bias"] = np.array([0.1, 0.0], np.float32)
+    saved = Checkpoint(120, arrays, {"env_steps": 120, "updates": 3})
+    found = evaluate(make_plan(tmp_path, f"nodes.evaluator.greedy={greedy}"), saved, episodes=20, seed=9)
+    assert (found["max"] <= 11) == (greedy == "true")

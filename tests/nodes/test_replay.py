@@ -248,8 +248,8 @@ async def test_a_flood_at_the_start_keeps_within_the_slack(on_stage: OnStage) ->
         await eventually(lambda: stage.actor.credit == 10)
         for _ in range(10):
             assert stage.actor.try_send(*replayed(stage.node.schema))
-        await eventually(lambda: stage.node.receiver.queued == 8)
-        assert stage.stored == 2  # the first is `min_size`, the second what slack allows
+        await eventually(lambda: stage.node.insert_wait.words and stage.stored == 2)
+        assert stage.node.receiver.queued == 8  # the first was `min_size`, the second what slack allows
         await stage.replay.drained()
 
 

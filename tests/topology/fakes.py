@@ -29,6 +29,7 @@ class Config:
     reduction: Literal["sum", "mean"] = "sum"
     clip: float | None = 40.0
     anneal: bool = False
+    preempt: float = 0.0
 
     def __post_init__(self) -> None:
         if self.gamma > 1:
@@ -66,6 +67,12 @@ A3C = (
     + "nodes: {actor: {count: 2, envs: 16, bundle: w}, learner: {count: 2, bundle: w}, param_server: {}}\n"
     + f"links:\n  trajectories: {LOCK_STEP}\n  weights: {{from: learner, to: actor}}\n"
     + "  gradients: {from: learner, to: param_server}\n  parameters: {from: param_server, to: evaluator}\n"
+)
+DDPPO = (
+    HEAD.replace("impala", "impala, batch: 16, preempt: 0.6")
+    + "nodes: {actor: {count: 2, envs: 16, bundle: w}, learner: {count: 2, bundle: w}}\n"
+    + f"links:\n  trajectories: {LOCK_STEP}\n  weights: {{from: learner, to: [actor, evaluator]}}\n"
+    + "  sync: {from: learner, to: learner}\n  tally: {from: learner, to: actor}\n"
 )
 GA3C = (
     HEAD

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import pydantic
 import pytest
 
+from ddrl_bus.errors import TopologyError
+from ddrl_bus.launch.catalog import catalog
 from ddrl_bus.topology import Catalog, load
 from ddrl_bus.topology.plan import most_columns
 from ddrl_bus.topology.schema import (
@@ -34,6 +36,7 @@ from .fakes import (
     HEAD,
     SEED,
     SEED_R2D2,
+    TOPOLOGIES,
     WIRING,
     Config,
     load_text,
@@ -197,6 +200,32 @@ def test_predictors_and_trainers_are_counted_or_found(value: Any, tmp_path: Path
     plan = load_text(tmp_path, GA3C, *nodes)
     assert plan.groups["inference"] == InferenceOptions(predictors=value, wait=0.002, host=("local",))
     assert plan.groups["learner"] == LearnerOptions(trainers=value, delay=0, host=("local",))
+
+
+# ── replicas ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("text", [BASE, SEED])
+def test_several_learners_are_replicas_of_one_another(text: str, tmp_path: Path) -> None:
+    plan = load_text(tmp_path, text, "nodes.learner.count=2", "nodes.learner.deadline=2500ms")
+    sync = plan.links["sync"]
+    assert (sync.kind, sync.sources, sync.targets, sync.insecure) == ("latest", ("learner",), ("learner",), False)
+    assert plan.groups["learner"] == LearnerOptions(count=2, deadline=2.5, host=("local",))
+    assert load_text(tmp_path, text, "nodes.learner.count=2", "insecure=true").links["sync"].insecure
+
+
+def test_ppo_with_learners_that_share_actors_is_refused_with_a_way_out() -> None:
+    with pytest.raises(TopologyError, match=r"each of 2 learners plays with actors of its own: give .* one bundle"):
+        load(TOPOLOGIES / "ppo.yaml", overrides=["nodes.learner.count=2"], catalog=catalog(), environ={})
+
+
+def test_ddppo_is_ppo_with_replicas() -> None:
+    plan = load(
+        TOPOLOGIES / "ddppo.yaml", overrides=["nodes.learner.count=3", "nodes.actor.count=3"], catalog=catalog()
+    )
+    assert (plan.algo_name, plan.algo.preempt, plan.algo.preempt_after) == ("ppo", 0.6, 0.25)
+    assert plan.links["trajectories"].max_lag == 0
+    assert [node.process for node in plan.nodes.values()][:6] == [f"worker-{n}" for n in (0, 1, 2, 0, 1, 2)]
 
 
 # ── replay ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from .fakes import (
     APEX,
     BASE,
     CATALOG,
+    DDPPO,
     GA3C,
     GORILA,
     GORILA_GLOBAL,
@@ -153,7 +154,6 @@ MISTAKES = {
         "nodes.controller.count",
         "got 0, expected 1",
     ),
-    "two learners": (BASE.replace("learner: {}", "learner: {count: ‹2}"), "nodes.learner.count", "2 nodes of kind"),
     "no learner": (
         HEAD + "nodes: ‹{actor: {envs: 64}}\n",
         "links.trajectories.to",
@@ -395,14 +395,6 @@ MISTAKES = {
         "links.weights.to",
         "evaluator would play a worker's copy; name it in links.parameters.to instead",
     ),
-    "two learners without gradients": (
-        A3C.replace("learner: {count: 2", "learner: {count: ‹2")
-        .replace(", param_server: {}", "")
-        .replace(GRADIENTS + PARAMETERS, "")
-        .replace("to: actor}", "to: [actor, evaluator]}"),
-        "nodes.learner.count",
-        "2 nodes of kind learner, expected 1: several learn together only by gradients",
-    ),
     "two learners without a bundle": (
         A3C.replace("{count: 2, bundle: w}", "‹{count: 2}"),
         "nodes.learner.bundle",
@@ -464,11 +456,6 @@ MISTAKES = {
         APEX.replace("learner: {}", "learner: {outliers: ‹3}"),
         "nodes.learner.outliers",
         "got 3, but only with gradients a learner leaves batches out",
-    ),
-    "two learners of samples without gradients": (
-        APEX.replace("learner: {}", "learner: {count: ‹2}"),
-        "nodes.learner.count",
-        "2 nodes of kind learner, expected 1: several learn together only by gradients",
     ),
     "two learners of samples with actors elsewhere": (
         GORILA.replace("envs: 8, bundle: w", "envs: 8, bundle: ‹v"),
@@ -538,6 +525,72 @@ MISTAKES = {
         GORILA.replace("replay: {count: 2, bundle: w}", "replay: {count: 3, bundle: ‹w}"),
         "nodes.replay.bundle",
         "replay has 3 nodes and actor has 2; a bundle needs equal counts",
+    ),
+    # replicas
+    "replicas of samples": (
+        APEX.replace("learner: {}", "learner: {count: ‹2}"),
+        "nodes.learner.count",
+        "2 nodes of kind learner, expected 1: replicas train on unrolls as they come, and what is drawn is of nobody's",
+    ),
+    "one replica of samples": (
+        APEX + "  sync: ‹{}\n",
+        "links.sync",
+        "replicas train on unrolls as they come, .*; leave it out",
+    ),
+    "replicas with a parameter server": (
+        A3C + "  sync: ‹{}\n",
+        "links.sync",
+        "learners either have param_servers apply their gradients, or sum them .*; leave it or links.gradients out",
+    ),
+    "trainers of replicas": (
+        BASE.replace("learner: {}", "learner: {count: 2, trainers: ‹auto}"),
+        "nodes.learner.trainers",
+        "got 'auto', expected 1: replicas apply one gradient at a time",
+    ),
+    "replicas in lock-step without a bundle": (
+        DDPPO.replace("learner: {count: 2, bundle: w}", "learner: ‹{count: 2}").replace(
+            "envs: 16, bundle: w", "envs: 8"
+        ),
+        "nodes.learner.bundle",
+        "got nothing, but each of 2 learners plays with actors of its own: give learner and all .* one bundle",
+    ),
+    "deadline of replicas": (
+        DDPPO.replace("learner: {", "learner: {deadline: ‹0, "),
+        "nodes.learner.deadline",
+        "got 0, expected more than 0",
+    ),
+    "votes for an actor": (
+        DDPPO.replace("sync: {from: learner, to: learner}", "sync: {from: learner, to: ‹actor}"),
+        "links.sync.to",
+        "'actor' is of kind actor, which does not receive sync: it is latest, learner → learner",
+    ),
+    "a replica that does not vote": (
+        HEAD
+        + "nodes: {actor: {envs: 64}, a: {kind: learner}, b: {kind: learner}}\n"
+        + LINKS.replace("to: learner", "to: [a, b]")
+        + "  sync: {from: ‹a}\n",
+        "links.sync.from",
+        "b is left out, but every learner holds an end of sync",
+    ),
+    "preemption without a tally": (
+        DDPPO.replace("preempt: ", "preempt: ‹").replace("  tally: {from: learner, to: actor}\n", ""),
+        "algo.preempt",
+        "got 0.6, but nobody tells actors how many have played; add links.sync and links.tally, or leave it out",
+    ),
+    "preemption without others": (
+        DDPPO.replace("preempt: ", "preempt: ‹").replace("count: 2, ", "").partition("  sync")[0],
+        "algo.preempt",
+        "got 0.6, but nobody tells actors how many have played",
+    ),
+    "preemption that nobody waits for": (
+        DDPPO.replace("preempt: ", "preempt: ‹").replace(", max_lag: 0", ""),
+        "algo.preempt",
+        "got 0.6, but nobody waits for a straggler's unroll; set links.trajectories.max_lag to 0",
+    ),
+    "a tally without preemption": (
+        DDPPO.replace(", preempt: 0.6", "").replace("tally: {", "tally: ‹{"),
+        "links.tally",
+        "its actors end their rollouts early, but algo.preempt does not say when; set it, to 0.6 say, or leave this",
     ),
     # does it fit
     "batch never fills": (
@@ -770,6 +823,41 @@ def test_exposed_links_come_with_the_other_problems(tmp_path: Path) -> None:
 def test_nothing_is_exposed_on_loopback_or_in_one_process(options: dict[str, bool], tmp_path: Path) -> None:
     text = REMOTE if options else REMOTE.replace("10.0.0.1", "localhost").replace("gpu.lan", '"[::1]"')
     assert load_text(tmp_path, text, **options)
+
+
+def test_the_votes_of_replicas_are_not_for_everybody(tmp_path: Path) -> None:
+    """Where they vote they also sum gradients, over connections of torch's own."""
+    text = DDPPO.replace("bundle: w", "bundle: w, host: [a, b]") + "hosts: {a: 10.0.0.1, b: 10.0.0.2}\n"
+    others = [f"links.{name}.insecure=true" for name in ("trajectories", "weights", "tally", "control", "progress")]
+    with pytest.raises(SecurityError, match=r"links.sync: learner-0 would bind tcp://10.0.0.1:\d+ without") as caught:
+        load_text(tmp_path, text, *others)
+    assert len(str(caught.value).splitlines()) == 1
+    assert load_text(tmp_path, text, *others, "links.sync.insecure=true")
+
+
+# ── one process ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        (DDPPO.replace("learner: {count: 2", "learner: {count: ‹2"), "nodes.learner.count"),
+        (BASE.replace("learner: {}", "learner: {count: ‹3}"), "nodes.learner.count"),
+        (HEAD + "nodes: {actor: {envs: 64}, a: {kind: learner}, b: ‹{kind: learner}}\n", "nodes.b.count"),
+    ],
+)
+def test_replicas_cannot_share_a_process(text: str, path: str, tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, text.replace("‹", ""), in_process=True)
+    before, _, _ = text.partition("‹")
+    assert (found.line, found.column) == (4, len(before) - before.rfind("\n"))
+    assert found.path == path
+    assert re.search(r"[23] nodes of kind learner, expected 1: .*in one process nobody would come", found.message)
+    assert load_text(tmp_path, text.replace("‹", ""))
+
+
+@pytest.mark.parametrize("text", [BASE, A3C, BASE + LINKS + "  sync: {}\n"])
+def test_one_replica_can_and_so_can_workers(text: str, tmp_path: Path) -> None:
+    assert load_text(tmp_path, text, in_process=True)
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,6 +21,7 @@ from .fakes import (
     APEX,
     BASE,
     CATALOG,
+    DDPPO,
     GA3C,
     GORILA,
     GORILA_GLOBAL,
@@ -94,16 +95,14 @@ def test_in_one_process_everything_is_memory(tmp_path: Path) -> None:
     assert plan.ports("controller-0")["progress"].binds == ("memory://controller-0.progress",)
 
 
-@pytest.mark.parametrize("options", [{}, {"in_process": True}])
-@pytest.mark.parametrize("text", [TWO_HOSTS, A3C, SEED, APEX, GORILA, GORILA_GLOBAL])
-def test_every_end_binds_or_connects_and_every_connection_is_bound(
-    text: str, options: dict[str, bool], tmp_path: Path
-) -> None:
-    plan = plan_of(tmp_path, text, **options)
+@pytest.mark.parametrize("in_process", [False, True])
+@pytest.mark.parametrize("text", [TWO_HOSTS, A3C, SEED, APEX, GORILA, GORILA_GLOBAL, DDPPO])
+def test_every_end_binds_or_connects_and_every_connection_is_bound(text: str, in_process: bool, tmp_path: Path) -> None:
+    plan = dataclasses.replace(plan_of(tmp_path, text), in_process=in_process)
     ports = [(name, port) for name in plan.nodes for port in plan.ports(name).values()]
     bound = {address for _, port in ports for address in port.binds}
     for name, port in ports:
-        assert bool(port.binds) != bool(port.peers), name
+        assert bool(port.binds) != bool(port.peers) or port.link.mutual, name
         assert set(port.peers.values()) <= bound
     with pytest.raises(KeyError):
         plan.ports("actor-9")
@@ -183,6 +182,60 @@ def test_members_of_a_bundle_need_no_port_for_each_other_on_other_hosts(tmp_path
     assert [node.process for node in plan.on_host("b")] == ["w-1", "w-1"]
 
 
+# ── replicas ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("text", [DDPPO, DDPPO.replace("  sync: {from: learner, to: learner}\n", "")])
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_replica_hears_all_others_and_counts_for_its_own_actor(text: str, count: int, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, text.replace("count: 2", f"count: {count}"))
+    root = f"ipc:///run/x/ddrl-{os.getuid()}/r"
+    assert plan.links["sync"].mutual
+    for index in range(count):
+        learner, actor = plan.ports(f"learner-{index}"), plan.ports(f"actor-{index}")
+        others = [other for other in range(count) if other != index]
+        assert learner["sync"].binds == (f"{root}/learner-{index}.sync",)
+        assert learner["sync"].peers == {f"learner-{n}": f"{root}/learner-{n}.sync" for n in others}
+        assert learner["tally"].binds == (f"memory://learner-{index}.tally",)
+        assert actor["tally"].peers == {f"learner-{index}": f"memory://learner-{index}.tally"}
+        assert list(actor["weights"].peers) == [f"learner-{index}"]
+    assert list(plan.ports("evaluator-0")["weights"].peers) == [f"learner-{n}" for n in range(count)]
+
+
+def test_replicas_in_groups_of_their_own_hear_one_another(tmp_path: Path) -> None:
+    groups = "nodes: {actor: {envs: 64}, a: {kind: learner, count: 2}, b: {kind: learner}}\n"
+    plan = plan_of(tmp_path, HEAD + groups)
+    assert plan.links["sync"].sources == plan.links["sync"].targets == ("a", "b")
+    for name, others in {"a-0": ["a-1", "b-0"], "a-1": ["a-0", "b-0"], "b-0": ["a-0", "a-1"]}.items():
+        assert list(plan.ports(name)["sync"].peers) == others
+    assert list(plan.ports("actor-0")["weights"].peers) == ["a-0", "a-1", "b-0"]
+
+
+def test_replicas_on_two_hosts_hear_each_other_over_tcp(tmp_path: Path) -> None:
+    """The first two hear each other over ipc as well; what stays in a bundle needs no port."""
+    text = DDPPO.replace("count: 2", "count: 3").replace("bundle: w", "bundle: w, host: [a, b]")
+    plan = plan_of(tmp_path, text + "hosts: {a: 10.0.0.1, b: 10.0.0.2}\ninsecure: true\n")
+    root = f"ipc:///run/x/ddrl-{os.getuid()}/r"
+    binds = {name: plan.binds[name, "sync"] for name in ("learner-0", "learner-1", "learner-2")}
+    assert all(bind.far and bind.far.startswith("tcp://10.0.0.") for bind in binds.values())
+    assert plan.ports("learner-0")["sync"].peers == {
+        "learner-1": binds["learner-1"].far,
+        "learner-2": f"{root}/learner-2.sync",
+    }
+    assert plan.ports("learner-1")["sync"].peers == {
+        "learner-0": binds["learner-0"].far,
+        "learner-2": binds["learner-2"].far,
+    }
+    assert not any(bind.far for (_, link), bind in plan.binds.items() if link in ("trajectories", "tally"))
+
+
+def test_one_learner_has_nobody_to_hear(tmp_path: Path) -> None:
+    assert "sync" not in plan_of(tmp_path, BASE).links
+    assert "sync" not in plan_of(tmp_path, A3C).links
+    alone = plan_of(tmp_path, BASE + "links: {trajectories: {}, weights: {}, sync: {}}\n").ports("learner-0")["sync"]
+    assert (len(alone.binds), alone.peers) == (1, {})
+
+
 def test_two_hosts_compute_the_same_plan(tmp_path: Path) -> None:
     a = load_text(tmp_path, TWO_HOSTS, environ={"TMPDIR": "/tmp/a"})
     b = load_text(tmp_path, TWO_HOSTS, environ={"TMPDIR": "/var/b"})
@@ -219,6 +272,8 @@ def test_the_run_id_follows_the_content_unless_it_is_given(tmp_path: Path) -> No
         APEX.replace("replay: {", "replay: {samples_per_insert: 8, save: false, "),
         SEED_R2D2,
         GORILA,
+        DDPPO,
+        BASE.replace("learner: {}", "learner: {count: 3, deadline: 500ms}"),
     ],
 )
 def test_a_lock_reads_back_to_the_same_plan(text: str, tmp_path: Path) -> None:
@@ -227,7 +282,8 @@ def test_a_lock_reads_back_to_the_same_plan(text: str, tmp_path: Path) -> None:
     assert again == plan
     assert again.binds == plan.binds
     assert again.lock() == plan.lock()
-    assert load_text(tmp_path, plan.lock(), in_process=True) == dataclasses.replace(plan, in_process=True)
+    if "sync" not in plan.links:
+        assert load_text(tmp_path, plan.lock(), in_process=True) == dataclasses.replace(plan, in_process=True)
 
 
 scalars = st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False) | st.text(max_size=20)
@@ -263,6 +319,7 @@ REFERENCE = dict.fromkeys(["quickstart", "impala", "two-hosts", "a2c", "appo", "
 REFERENCE |= dict.fromkeys(["ga3c", "seed", "torchbeast_poly"], IMPALA | {"act"})
 REFERENCE |= {"a3c": IMPALA | {"gradients", "parameters"}}
 REFERENCE |= {"apex": IMPALA | {"samples"}, "r2d2": IMPALA | {"samples"}, "seed_r2d2": IMPALA | {"samples", "act"}}
+REFERENCE |= {"ddppo": IMPALA | {"sync", "tally"}}
 REFERENCE |= {"gorila": IMPALA | {"samples", "gradients", "parameters"}}
 
 

@@ -1,0 +1,136 @@
+"""What a replay buffer costs over plain numpy copies of the same bytes: `ddrl bench buffer`.
+
+A *copy* is one `np.copyto` for each array of an unroll (against `add`), or of a batch (against what `sample` does once
+it has drawn, *gather*), between contiguous arrays of the same shapes. Where the ring would be, the copies go round
+memory that is too large for caches, as the ring's is. All in one process, turn by turn; quote the ratios.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Final
+
+import numpy as np
+
+from ddrl_bus.experience import UnrollSchema
+from ddrl_bus.launch.malloc import keep_freed_memory
+from ddrl_bus.replay_buffer import ReplayBuffer, Spec
+from ddrl_bus.sum_tree import SumTree
+from ddrl_bus.transport.wire import Array
+
+BATCH: Final = 512
+ENVS: Final = 16
+_FAR_BYTES: Final = 128 << 20
+_SMALL: Final[Spec] = "float32", (4,)
+_FRAME: Final[Spec] = "uint8", (84, 84)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Unrolls of `rows` × ENVS, from whose first `starts` rows windows of `length` are drawn, BATCH at a time."""
+
+    payload: str
+    obs: Spec
+    stack: int
+    rows: int
+    starts: int
+    length: int
+    capacity: int
+
+    def schema(self) -> UnrollSchema:
+        state = {"frames": (self.obs[0], (self.stack - 1, *self.obs[1]))} if self.stack > 1 else {}
+        return UnrollSchema(self.obs, ("int64", ()), {}, self.rows, state, starts=self.starts)
+
+
+CASES: Final = (
+    Case("4 floats, n = 1", _SMALL, 1, 16, 16, 1, 1 << 20),
+    Case("4 floats, n = 3", _SMALL, 1, 32, 30, 3, 1 << 20),
+    Case("4 floats, 20 rows", _SMALL, 1, 20, 1, 20, 1 << 16),
+    Case("84 × 84, stack 4, n = 1", _FRAME, 4, 16, 16, 1, 1 << 15),
+    Case("84 × 84, stack 4, n = 3", _FRAME, 4, 32, 30, 3, 1 << 15),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Microseconds a call, medians over the repeats; the ratios are medians of the paired ones."""
+
+    payload: str
+    add: float
+    copy_in: float
+    add_ratio: float
+    draw: float
+    gather: float
+    copy_out: float
+    gather_ratio: float
+
+
+def measure(repeats: int = 9, seconds: float = 0.1) -> Iterator[Row]:
+    """A row of each case; each of its calls is made for so long in each repeat."""
+    keep_freed_memory()  # as every node does
+    for case in CASES:
+        calls = _calls(case)
+        found = [{name: _us(call, seconds) for name, call in calls.items()} for _ in range(repeats)]
+        us = {name: np.array([each[name] for each in found]) for name in calls}
+        us["gather"] = us.pop("sample") - us["draw"]
+        ratios = {"add_ratio": us["add"] / us["copy_in"], "gather_ratio": us["gather"] / us["copy_out"]}
+        yield Row(case.payload, **{name: float(np.median(values)) for name, values in (us | ratios).items()})
+
+
+def _us(call: Callable[[], object], seconds: float) -> float:
+    began, calls = time.perf_counter(), 0
+    while (now := time.perf_counter()) < began + seconds:
+        call()
+        calls += 1
+    return (now - began) / calls * 1e6
+
+
+def _calls(case: Case) -> dict[str, Callable[[], object]]:
+    rng, schema = np.random.default_rng(0), case.schema()
+    buffer = ReplayBuffer(schema.windows(case.length), case.rows, case.starts, case.capacity, alpha=0.6)
+    unroll = {name: np.zeros(shape, dtype) for name, (dtype, shape) in schema.unroll_specs(ENVS).items()}
+    unroll["obs"][...] = 1  # of a page that nothing was written to there is but one
+    unroll["priority"][...] = rng.random(unroll["priority"].shape)
+    while buffer.items < buffer.capacity:
+        buffer.add(unroll)
+    tree = SumTree(buffer.capacity, rng)
+    tree.set_range(0, rng.random(buffer.capacity))
+    batch = buffer.sample(BATCH, _allocate)
+    far_unrolls, far_batches = cycle(_many(unroll)), cycle(_many(batch))
+    return {
+        "add": lambda: buffer.add(unroll),
+        "copy_in": lambda: _copy(unroll, next(far_unrolls)),
+        "sample": lambda: buffer.sample(BATCH, _allocate),
+        "draw": lambda: tree.sample(BATCH),
+        "copy_out": lambda: _copy(next(far_batches), _allocate(buffer.specs(BATCH))),
+    }
+
+
+def _many(arrays: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """As many copies as no cache holds."""
+    count = -(-_FAR_BYTES // sum(array.nbytes for array in arrays.values()))
+    return [{name: array.copy() for name, array in arrays.items()} for _ in range(count)]
+
+
+def _copy(arrays: Mapping[str, Array], to: Mapping[str, Array]) -> None:
+    for name, array in arrays.items():
+        np.copyto(to[name], array)
+
+
+def _allocate(specs: Mapping[str, Spec]) -> dict[str, Array]:
+    return {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items()}
+
+
+def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
+    """A table, a line at a time as the figures come."""
+    yield (
+        f"{'microseconds a call':<26}{'add':>8}{'copy':>8}{'ratio':>7}{'draw':>10}{'gather':>8}{'copy':>8}{'ratio':>7}"
+    )
+    for row in rows:
+        yield (
+            f"{row.payload:<26}{row.add:>8.0f}{row.copy_in:>8.0f}{row.add_ratio:>7.2f}"
+            f"{row.draw:>10.0f}{row.gather:>8.0f}{row.copy_out:>8.0f}{row.gather_ratio:>7.2f}"
+        )

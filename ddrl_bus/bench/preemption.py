@@ -1,0 +1,202 @@
+"""What one slow worker costs those that train in step with it, and what preemption saves: `ddrl bench preemption`.
+
+Real runs of the topology ddppo, one after the other: WORKERS processes and a controller each, over ipc, started one by
+one as `ddrl-node --name` does, for the last one is to be slow. Its environment sleeps SLOWER times as long in each step
+as those of the others. They do nothing but sleep: cores hardly matter, and the least time of an update follows from the
+rule. Rollouts are of UNROLL steps of one environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, Final
+
+import gymnasium as gym
+import numpy as np
+
+from ddrl_bus.launch import node, run_dir
+from ddrl_bus.launch.catalog import find_topology, load_lock
+from ddrl_bus.launch.start import plan_of
+from ddrl_bus.topology import Plan
+from ddrl_bus.transport import ledger
+
+WORKERS, UNROLL, STEP_S, SLOWER = 4, 64, 4e-3, 5.0
+LEAST: Final = 0.25
+"""Share of its rollout that a worker plays in any case: `algo.preempt_after`."""
+WARM_UP: Final = 3
+"""Updates."""
+POLL_S: Final = 2e-3
+PATIENCE_S: Final = 120.0
+"""Against hangs only."""
+
+
+@dataclass(frozen=True)
+class Case:
+    slower: float
+    """times as long as the others' that the last worker's steps take"""
+    preempt: float
+    """share of the workers that must have played; 0: nobody is stopped"""
+    workers: int = WORKERS
+
+    @property
+    def least_s(self) -> float:
+        """That environments sleep for an update: a rollout, or what the last worker plays in any case."""
+        return UNROLL * STEP_S * max(1.0, self.slower * (LEAST if self.preempt else 1))
+
+
+CASES: Final = (Case(1, 0), Case(SLOWER, 0), Case(SLOWER, 0.6))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    slower: float
+    preempt: float
+    workers: int
+    least_ms: float
+    """an update takes, by the rule"""
+    update_ms: float
+    """it took, median"""
+    spread: tuple[float, float]
+    """quickest and slowest"""
+    ratio: float
+    """of the median to that of the first case"""
+    rows: float
+    """of a rollout of the last worker, mean"""
+    steps_per_s: float
+    """of all workers"""
+
+
+def measure(updates: int = 20, cases: Sequence[Case] = CASES) -> Iterator[Row]:
+    """A row for each case."""
+    first = None
+    for case in cases:
+        seconds, steps = _run(case, updates)  # [updates + 1], [updates + 1, workers]
+        took, played = np.diff(seconds) * 1e3, steps[-1] - steps[0]
+        median = float(np.median(took))
+        first = first or median
+        yield Row(
+            **asdict(case),
+            least_ms=case.least_s * 1e3,
+            update_ms=median,
+            spread=(float(took.min()), float(took.max())),
+            ratio=median / first,
+            rows=float(played[-1] / updates),
+            steps_per_s=float(played.sum() / (seconds[-1] - seconds[0])),
+        )
+
+
+def _run(case: Case, updates: int) -> tuple[Any, Any]:
+    """When updates were over, and the steps that each worker had played by then."""
+    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as name:
+        folder = Path(name)
+        plan = _plan(case, folder)
+        run_dir.create(plan, path=folder, command=sys.argv, started=time.time())
+        with _processes(case, plan, folder) as processes:
+            moments = list(islice(_updates(folder, case.workers, processes), WARM_UP, WARM_UP + updates + 1))
+    seconds, steps = zip(*moments, strict=True)
+    return np.array(seconds), np.array(steps)
+
+
+def _updates(folder: Path, workers: int, processes: Mapping[str, SpawnProcess]) -> Iterator[tuple[float, list[int]]]:
+    """After each update: the time in seconds, and the steps of each worker."""
+    seen, heard = 0, time.perf_counter()
+    while True:
+        made, now = _count(folder, "learner-0", "trajectories/trained"), time.perf_counter()
+        if made > seen:
+            seen, heard = made, now
+            yield now, [_count(folder, f"actor-{index}", "env_steps") for index in range(workers)]
+        elif gone := [name for name, process in processes.items() if process.exitcode is not None]:
+            raise RuntimeError(f"{', '.join(gone)} left after {seen} updates")
+        elif now - heard > PATIENCE_S:
+            raise TimeoutError(f"no update after {PATIENCE_S:.0f} s")
+        time.sleep(POLL_S)
+
+
+def _count(folder: Path, name: str, what: str) -> int:
+    """Of the one life of this node, from its page: it need not answer."""
+    return sum(ledger.read(page).get(what, 0) for page in (folder / "ledger").glob(f"{name}@*.page"))
+
+
+# ---- processes
+
+
+def _plan(case: Case, folder: Path) -> Plan:
+    lines = find_topology("ddppo").read_text().splitlines(keepends=True)
+    told = lines if case.preempt else [line for line in lines if not line.strip().startswith("tally:")]
+    (folder / "ddppo.yaml").write_text("".join(told))  # no override takes a link away
+    overrides = (
+        *(f"nodes.actor.count={case.workers}", f"nodes.learner.count={case.workers}", "nodes.evaluator.count=0"),
+        *("nodes.actor.envs=1", "algo.batch=1", "algo.minibatches=1", "algo.epochs=1", f"algo.unroll={UNROLL}"),
+        *(f"algo.preempt={case.preempt}", f"algo.preempt_after={LEAST}", "algo.anneal_steps=0"),
+        *("env.id=Sleepy-v0", "stop.reward=null", "stop.steps=null"),
+    )
+    return _here(plan_of(str(folder / "ddppo.yaml"), overrides, probe=False), folder)
+
+
+def _here(plan: Plan, folder: Path) -> Plan:
+    """Apart from what runs at the same time."""
+    return replace(plan, ipc_dir=folder / "ipc")
+
+
+@contextlib.contextmanager
+def _processes(case: Case, plan: Plan, folder: Path) -> Iterator[dict[str, SpawnProcess]]:
+    spawn = multiprocessing.get_context("spawn")
+    names = sorted({each.process for each in plan.nodes.values()})
+    processes = {name: spawn.Process(target=_live, args=(name, case, folder)) for name in names}
+    with run_dir.sockets(plan):
+        for process in processes.values():
+            process.start()
+        try:
+            yield processes
+        finally:
+            for process in processes.values():
+                process.kill()
+            for process in processes.values():
+                process.join()
+
+
+def _live(name: str, case: Case, folder: Path) -> None:
+    """One process of the run, with a pace of its own."""
+    step_s = STEP_S * (case.slower if name == f"worker-{case.workers - 1}" else 1)
+    gym.register("Sleepy-v0", lambda **_: Sleepy(step_s), max_episode_steps=200)
+    sys.exit(node.run(_here(load_lock(folder), folder), name, folder))
+
+
+class Sleepy(gym.Env[Any, Any]):
+    """There is nothing to see, and nothing to win."""
+
+    observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        self._obs = np.zeros(4, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._obs, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        time.sleep(self._step_s)
+        return self._obs, 0.0, False, False, {}
+
+
+def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
+    """A table, a line at a time as the figures come."""
+    head = f"{'one worker':<20}{'preempt':>8}{'least ms':>10}{'ms an update':>14}"
+    yield f"{head}  quickest, slowest{'ratio':>7}{f'its rows of {UNROLL}':>17}{'steps/s':>9}"
+    for row in rows:
+        who = f"of {row.workers}, {row.slower:g}x slower" if row.slower > 1 else f"of {row.workers}, as the others"
+        yield (
+            f"{who:<20}{row.preempt:>8g}{row.least_ms:>10.0f}{row.update_ms:>14.0f}"
+            f"{row.spread[0]:>10.0f}{row.spread[1]:>9.0f}{row.ratio:>7.2f}{row.rows:>17.1f}{row.steps_per_s:>9.0f}"
+        )

@@ -1,0 +1,44 @@
+"""Real runs, of one worker that is slow: who waits for it, and for how long."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from ddrl_bus.bench import preemption
+from ddrl_bus.bench.preemption import SLOWER, UNROLL, Case
+
+
+@pytest.mark.parametrize(
+    ("case", "rollouts"), [(Case(1, 0), 1), (Case(5, 0), 5), (Case(5, 0.6), 1.25), (Case(2, 0.6), 1), (Case(1, 0.6), 1)]
+)
+def test_the_least_time_of_an_update(case: Case, rollouts: float) -> None:
+    assert case.least_s == pytest.approx(rollouts * UNROLL * preemption.STEP_S)
+
+
+@pytest.mark.parametrize("preempt", [0.0, 0.6])
+def test_nobody_is_told_of_others_where_nobody_is_stopped(preempt: float, tmp_path: Path) -> None:
+    plan = preemption._plan(Case(SLOWER, preempt), tmp_path)
+    assert ("tally" in plan.links) is (preempt > 0)
+    assert (plan.algo.preempt, plan.algo.preempt_after) == (preempt, preemption.LEAST)
+    assert len(plan.process("worker-3")) == 2
+
+
+def test_the_slow_one_ends_its_rollouts_early() -> None:
+    case = Case(SLOWER, 0.5, workers=2)
+    (row,) = preemption.measure(updates=3, cases=[case])
+    assert (row.slower, row.preempt, row.workers, row.ratio) == (SLOWER, 0.5, 2, 1)
+    assert UNROLL / 4 <= row.rows < UNROLL
+    assert row.spread[0] <= row.update_ms <= row.spread[1]
+    assert row.update_ms > 0.95 * case.least_s * 1e3  # it may be slower than the rule says, but never quicker
+    assert len(list(preemption.rows_as_text(iter([row])))) == 2
+
+
+def test_a_process_that_leaves_ends_it(tmp_path: Path) -> None:
+    gone = multiprocessing.get_context("spawn").Process(target=int)
+    gone.start()
+    gone.join()
+    with pytest.raises(RuntimeError, match="worker-0 left after 0 updates"):
+        next(preemption._updates(tmp_path, 1, {"worker-0": gone}))
