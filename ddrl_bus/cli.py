@@ -132,7 +132,7 @@ def show(words: Sequence[str], mermaid: bool) -> None:
     from ddrl_bus.topology import show
 
     topology, overrides = _split(words)
-    plan = plan_of(_required(topology), overrides, probe=False)
+    plan = plan_of(_required(topology), overrides, probe=False, starts=False)
     click.echo(show.mermaid(plan) if mermaid else show.text(plan), nl=False)
 
 
@@ -226,6 +226,68 @@ def plot(runs: Sequence[str], output: Path, x: Any) -> None:
 
 
 @ddrl.group()
+def keys() -> None:
+    """Keys of hosts, for links that leave the machine.
+
+    Each host has one of its own, by the name that it has in the topology, and allows those of the others. They are in
+    ~/.config/ddrl/keys, or where DDRL_KEYS says.
+    """
+
+
+@keys.command("new")
+@click.argument("name", required=False)
+@debug
+def new_key(name: str | None) -> None:
+    """Make this machine's key as host NAME (default: its own name); prints the public half."""
+    import platform
+    import shlex
+
+    from ddrl_bus import keys
+
+    name = name or platform.node().partition(".")[0]
+    public = keys.new(name)
+    click.echo(f"on every other host type:  ddrl keys allow {name} {shlex.quote(public)}", err=True)
+    click.echo(public)
+
+
+@keys.command()
+@click.argument("name")
+@click.argument("key", metavar="PUBKEY")
+@click.option("--role", "roles", multiple=True, metavar="KIND", help="Only nodes of these kinds; default: any.")
+@debug
+def allow(name: str, key: str, roles: Sequence[str]) -> None:
+    """Let the holder of a key in as host NAME. Nodes that run hear of it within a second."""
+    from ddrl_bus import keys
+    from ddrl_bus.topology.schema import KINDS, one_of
+
+    if unknown := [role for role in roles if role not in KINDS]:
+        raise UsageError(f"--role {unknown[0]!r}: {one_of(unknown[0], KINDS)}")
+    keys.allow(keys.Entry(name, key, frozenset(roles)))
+
+
+@keys.command()
+@click.argument("name")
+@debug
+def revoke(name: str) -> None:
+    """Shut host NAME out, from nodes that run within two seconds. Do it on every host."""
+    from ddrl_bus import keys
+
+    keys.revoke(name)
+
+
+@keys.command("list")
+@debug
+def list_keys() -> None:
+    """Print whom this machine lets in, as its allow-list has it."""
+    from ddrl_bus import keys
+
+    for name, public in keys.owned().items():
+        click.echo(f"this machine is {name} {public}", err=True)
+    for entry in keys.allowed():
+        click.echo(str(entry))
+
+
+@ddrl.group()
 def bench() -> None:
     """Measure."""
 
@@ -256,6 +318,16 @@ def requests(as_json: bool) -> None:
 def buffer(as_json: bool) -> None:
     """What a replay buffer costs over plain copies of the same bytes."""
     from ddrl_bus.bench.buffer import measure, rows_as_text
+
+    _print_rows(measure(), rows_as_text, as_json)
+
+
+@bench.command()
+@as_json
+@debug
+def curve(as_json: bool) -> None:
+    """What encryption costs a link."""
+    from ddrl_bus.bench.curve import measure, rows_as_text
 
     _print_rows(measure(), rows_as_text, as_json)
 

@@ -13,12 +13,24 @@ import ddrl_bus
 PACKAGE = Path(ddrl_bus.__file__).parent
 
 # room -> the rooms of ours and the libraries that it may import, function-level imports included
-BELOW_NODES = {"errors", "topology", "transport", "messages", "experience", "metrics", "checkpoint", "algos", "envs"}
+BELOW_NODES = {
+    "errors",
+    "keys",
+    "topology",
+    "transport",
+    "messages",
+    "experience",
+    "metrics",
+    "checkpoint",
+    "algos",
+    "envs",
+}
 BELOW_NODES |= {"rate_limiter", "replay_buffer"}
 ROOMS = {
     "errors": set(),
+    "keys": {"errors"},
     "topology": {"errors", "rate_limiter"},
-    "transport": {"errors"},
+    "transport": {"errors", "keys"},
     "messages": {"errors", "transport"},
     "experience": {"errors", "transport", "messages"},
     "sum_tree": {"errors"},
@@ -35,6 +47,7 @@ ROOMS = {
 }
 LIBRARIES = {
     "errors": set(),
+    "keys": {"zmq"},
     "topology": {"pydantic", "pydantic_core", "ruamel"},
     "transport": {"zmq", "msgpack", "numpy", "lz4"},
     "messages": {"pydantic"},

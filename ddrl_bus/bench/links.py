@@ -23,6 +23,7 @@ import zmq
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
+from ddrl_bus.transport.security import Guard
 from ddrl_bus.transport.wire import Layout, Spec
 from ddrl_bus.transport.zeromq import COPY_BELOW
 
@@ -70,7 +71,7 @@ class Row:
 def measure(repeats: int = 5) -> Iterator[Row]:
     """One row per case, each pair of figures taken turn by turn."""
     for case in CASES:
-        pairs = [(_timed(case, _link_pull, _link_push), _timed(case, _raw_pull, _raw_push)) for _ in range(repeats)]
+        pairs = [(timed(case, link_pull, link_push), timed(case, _raw_pull, _raw_push)) for _ in range(repeats)]
         ratios = sorted(link / raw for link, raw in pairs)
         yield Row(
             case.payload,
@@ -85,13 +86,13 @@ def measure(repeats: int = 5) -> Iterator[Row]:
 Side = Callable[[Case, str, Connection], None]
 
 
-def _timed(case: Case, pull: Side, push: Side) -> float:
-    """Microseconds a message between two fresh processes, as the receiver sees it."""
+def timed(case: Case, pull: Side, push: Side, address: str | None = None) -> float:
+    """Microseconds a message between two fresh processes, as the receiver sees it; over ipc without an `address`."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
-        address = f"ipc://{folder}/bench"
-        ends = [spawn.Process(target=_side, args=(side, case, address, theirs)) for side in (pull, push)]
+        args = (case, address or f"ipc://{folder}/bench", theirs)
+        ends = [spawn.Process(target=_side, args=(side, *args)) for side in (pull, push)]
         for end in ends:
             end.start()
         elapsed: float = ours.recv() if ours.poll(60) else float("nan")
@@ -110,9 +111,9 @@ def _warm_up(case: Case) -> int:
     return max(100, case.messages // 10)
 
 
-def _link_push(case: Case, address: str, _result: Connection) -> None:
+def link_push(case: Case, address: str, _result: Connection, guard: Guard | None = None) -> None:
     async def main() -> None:
-        bus = Bus("actor-0", 1, Ledger())
+        bus = Bus("actor-0", 1, Ledger(), guard=guard)
         sender = bus.sender("trajectories", {"learner-0": address})
         layout = Layout("trajectory", PAYLOADS[case.payload])
         for number in range(case.messages + _warm_up(case)):
@@ -122,9 +123,9 @@ def _link_push(case: Case, address: str, _result: Connection) -> None:
     asyncio.run(main())
 
 
-def _link_pull(case: Case, address: str, result: Connection) -> None:
+def link_pull(case: Case, address: str, result: Connection, guard: Guard | None = None) -> None:
     async def main() -> None:
-        bus = Bus("learner-0", 1, Ledger())
+        bus = Bus("learner-0", 1, Ledger(), guard=guard)
         receiver = bus.receiver("trajectories", [address], case.window)
         for _ in range(_warm_up(case)):
             await receiver.recv()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import ddrl_bus
+from ddrl_bus import keys
 from ddrl_bus.algos import REGISTRY, Algorithm
 from ddrl_bus.errors import UsageError
 from ddrl_bus.topology import AlgorithmEntry, Catalog, EnvSettings, Plan, load
@@ -16,13 +17,18 @@ _PACKAGE: Final = Path(ddrl_bus.__file__).parent
 _FOLDERS: Final = (_PACKAGE / "topologies", _PACKAGE.parent / "topologies")  # in a wheel, in a checkout
 
 
-def catalog(*, probe: bool = False) -> Catalog:
-    """All algorithms; `probe` has the environment made once, so that one that cannot be is refused with its place."""
+def catalog(*, probe: bool = False, starts: bool = True) -> Catalog:
+    """All algorithms, and the keys of this machine.
+
+    Args:
+        probe: have the environment made once, so that one that cannot be is refused with its place.
+        starts: nodes are to start, so that hosts need keys.
+    """
     entries = {
         name: AlgorithmEntry(cls.Config, cls.wiring, cls.passes is Algorithm.passes, cls.windows)
         for name, cls in REGISTRY.items()
     }
-    return Catalog(entries, _probe if probe else None)
+    return Catalog(entries, _probe if probe else None, keys.kinds if starts else lambda host: keys.ANY)
 
 
 def _probe(env: EnvSettings) -> None:
@@ -31,9 +37,10 @@ def _probe(env: EnvSettings) -> None:
     envs.describe(envs.EnvConfig(**env.model_dump()))
 
 
-def load_lock(run_dir: Path, *, overrides: Sequence[str] = (), in_process: bool = False) -> Plan:
+def load_lock(run_dir: Path, *, overrides: Sequence[str] = (), in_process: bool = False, starts: bool = True) -> Plan:
     """The plan that `run_dir` runs."""
-    return load(run_dir / "topology.lock.yaml", catalog=catalog(), overrides=overrides, in_process=in_process)
+    known = catalog(starts=starts)
+    return load(run_dir / "topology.lock.yaml", catalog=known, overrides=overrides, in_process=in_process)
 
 
 def packaged() -> dict[str, Path]:

@@ -133,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ddrl_bus.topology import load
 
     try:
-        plan = load(options.topology, catalog=catalog())
+        # Who is let in may have changed since the run began: that ends connections, not the run.
+        plan = load(options.topology, catalog=catalog(starts=False))
         plan.process(options.name)
     except DdrlError as error:
         print(f"{options.name}: {error}", file=sys.stderr)

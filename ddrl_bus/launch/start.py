@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddrl_bus.errors import DdrlError, UsageError
+from ddrl_bus import keys
+from ddrl_bus.errors import DdrlError, SecurityError, UsageError
 from ddrl_bus.launch import closing, run_dir
 from ddrl_bus.launch.catalog import catalog, find_topology, load_lock
 from ddrl_bus.launch.display import display
 from ddrl_bus.topology import Plan, load
+from ddrl_bus.topology.exposure import needs_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +31,23 @@ class Ended:
 
 
 def plan_of(
-    topology: str, overrides: Sequence[str] = (), *, probe: bool = True, in_process: bool = False, fresh: bool = False
+    topology: str,
+    overrides: Sequence[str] = (),
+    *,
+    probe: bool = True,
+    in_process: bool = False,
+    fresh: bool = False,
+    starts: bool = True,
 ) -> Plan:
     """The plan of a file or packaged topology.
 
     Args:
         probe: make the environment once.
         fresh: give it a run id of its own. Without it the id follows from the topology, so that hosts agree on it.
+        starts: it is to run, so that hosts need keys.
     """
     run_id = secrets.token_hex(6) if fresh else None
-    known = catalog(probe=probe)
+    known = catalog(probe=probe, starts=starts)
     return load(find_topology(topology), overrides=overrides, catalog=known, in_process=in_process, run_id=run_id)
 
 
@@ -88,9 +97,11 @@ def host_share(plan: Plan, host: str, words: Sequence[str], *, path: Path | None
         words: the topology and overrides that the user gave.
     Raises:
         UsageError: the plan has no such host, or no node on it.
+        SecurityError: the host needs a key that is not here.
     """
     if not plan.on_host(host):
         raise UsageError(f"{plan.name}: no node on host {host!r}; hosts: {', '.join(plan.hosts)}")
+    _check_key(plan, host)
     folder = run_dir.create(plan, path=path, command=sys.argv, started=started)
     notes = [f"on {other}:  {_host_command(words, other)}" for other in _hosts(plan) if other != host]
     return _supervised(plan, host, folder, started, notes)
@@ -102,13 +113,26 @@ def one_process(plan: Plan, name: str, *, path: Path | None = None, started: flo
 
     Raises:
         UsageError: the plan has no such process.
+        SecurityError: its host needs a key that is not here.
     """
     from ddrl_bus.launch import node
 
-    plan.process(name)
+    _check_key(plan, plan.process(name)[0].host)
     folder = run_dir.create(plan, path=path, command=sys.argv, started=started)
     run_dir.make_private(plan.ipc_dir)
     return node.run(plan, name, folder)
+
+
+def _check_key(plan: Plan, host: str) -> None:
+    """Rather here, in a word, than by each node.  Raises: SecurityError."""
+    if not needs_key(plan, host):
+        return
+    public = keys.own(host).public
+    if all(entry.key != public for entry in keys.allowed() if entry.name == host):
+        raise SecurityError(
+            f"this machine's key of {host} is not the one in its own list, which others may have too; "
+            f"type `ddrl keys allow {host} {shlex.quote(public)}` on every host"
+        )
 
 
 def evaluated(run: str | None, episodes: int, seed: int) -> dict[str, Any]:
@@ -121,7 +145,7 @@ def evaluated(run: str | None, episodes: int, seed: int) -> dict[str, Any]:
     from ddrl_bus.nodes.evaluator import evaluate
 
     folder = run_dir.find(run)
-    plan = load_lock(folder)
+    plan = load_lock(folder, starts=False)
     return evaluate(plan, shards.saved(plan, folder), episodes, seed)
 
 

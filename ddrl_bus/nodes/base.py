@@ -33,6 +33,8 @@ from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
 from ddrl_bus.experience import Unrolls, UnrollSchema
 from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, Replica, fields_of, parse
 from ddrl_bus.metrics import shares
+from ddrl_bus.nodes import access
+from ddrl_bus.topology.exposure import insecure_links
 from ddrl_bus.topology.plan import NodePlan, Plan, Port
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger, read
@@ -44,6 +46,7 @@ HEARTBEAT_S: Final = 0.5
 """Application heartbeat: it comes from the event loop, so a node whose loop hangs goes silent."""
 ANSWER_S: Final = 2.0
 """How long a heartbeat waits for the controller before it is given up; training goes on without one."""
+WARN_S: Final = 60.0
 KINDS: Final = {
     "actor": "Actor",
     "learner": "Learner",
@@ -91,7 +94,7 @@ class Node(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         self._untold = self._lives_to_tell(folder)
         self.ledger = Ledger(folder / f"{name}@{epoch:016x}.page")
-        self.bus = Bus(name, epoch, self.ledger, hub)
+        self.bus = Bus(name, epoch, self.ledger, hub, access.guard(plan, name, self.ledger))
         self.ports: dict[str, Port] = plan.ports(name)
         self.state: NodeState = "new"
         self.control = Control()
@@ -368,7 +371,7 @@ class Node(ABC):
     async def _run_beside(self, stop: asyncio.Event) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
-                beside = [tasks.create_task(work) for work in (self._drain_on(stop), *self.background())]
+                beside = [tasks.create_task(work) for work in (self._drain_on(stop), self._warn(), *self.background())]
                 await self.start()
                 self._started_up = True
                 if not self.draining.is_set():
@@ -380,6 +383,12 @@ class Node(ABC):
             raise _first(errors) from None
         if self.state != "draining":  # its share of the run was over by itself, or before it began
             self.enter("draining")
+
+    async def _warn(self) -> None:
+        """Say again and again what everybody on the network can read and forge."""
+        while links := insecure_links(self.plan, self.name):
+            self.log.warning("insecure=%s: in plain text, and open to whoever reaches this network", ",".join(links))
+            await asyncio.sleep(WARN_S)
 
     async def _drain_on(self, stop: asyncio.Event) -> None:
         await self.until(stop.wait(), self.draining)

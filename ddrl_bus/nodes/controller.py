@@ -313,8 +313,15 @@ class Controller(Node):
             "steps_per_s": self._steps_per_s(5.0),
             "return": self.last.mean_return if self.last else None,
             "best_return": self.best.mean_return if self.best else None,
+            "quarantined": self._quarantined(),
             "nodes": {name: self._member_status(name) for name in self.plan.nodes},
         }
+
+    def _quarantined(self) -> list[str]:
+        """Hosts that any node has shut out, for what it had to refuse of them."""
+        books = [self.ledger.snapshot(), *(member.progress.counters for member in self.members.values())]
+        found = (name.split("/") for counters in books for name, count in counters.items() if count)
+        return sorted({name[1] for name in found if (name[0], name[-1]) == ("security", "quarantined")})
 
     def _member_status(self, name: str) -> dict[str, Any]:
         member = self.members.get(name)

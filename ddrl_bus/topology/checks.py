@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ddrl_bus.errors import EnvError
 from ddrl_bus.rate_limiter import least_slack
+from ddrl_bus.topology.exposure import guarded
 from ddrl_bus.topology.plan import TCP_PORTS, LinkPlan, Plan, bundle_of, most_columns
 from ddrl_bus.topology.schema import (
     MAX_NODES,
     ActorOptions,
     AlgorithmEntry,
     Catalog,
+    HostKeys,
     NodeOptions,
     ReplayOptions,
     one_of,
@@ -209,27 +210,35 @@ def _check_ipc(plan: Plan, address: str | None, root: Node, problems: Problems) 
         problems.add(root, "", f"{message} directory, or shorten the run id and the names of groups")
 
 
-def check_security(plan: Plan, root: Node, problems: Problems) -> None:
-    """Links that would leave their machine in the open without being told to."""
-    for (name, link_name), bind in plan.binds.items():
-        if bind.far and not plan.links[link_name].insecure and not is_loopback(bind.address):
-            path = ("links", link_name)
-            message = (
-                f"{name} would bind {bind.far} without encryption or authentication; set insecure: true on the "
-                "link, or once for all links at the top level, if only machines you trust reach that network "
-                "(CURVE keys come in a later version)"
-            )
-            written = link_name in root.find(["links"]).children()
-            at = root.find(path if written else ("hosts", plan.nodes[name].host))
-            problems.add(at, dotted(path), message)
+def check_security(plan: Plan, keys: HostKeys | None, root: Node, problems: Problems) -> None:
+    """Links that would leave their machine in the open without being told to: those of hosts without a key."""
+    hosts = guarded(plan)
+    if summing := next((host for host, links in hosts.items() if "sync" in links), None):
+        message = "learners on several hosts sum their gradients in plain text, which keys do not protect; set "
+        message += "links.sync.insecure: true, if only machines you trust reach that network"
+        path = ("links", "sync")
+        at = path if "sync" in root.find(["links"]).children() else ("hosts", summing)
+        problems.add(root.find(at), dotted(path), message)
+    for host, links in hosts.items():
+        if wrong := _without_key(host, links, keys(host) if keys else None):
+            problems.add(root.find(("hosts", host)), "links", wrong)
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address as `split_address` gives it stays on its machine; a DNS name is not trusted to."""
-    try:
-        return ipaddress.ip_address(address.strip("[]")).is_loopback
-    except ValueError:
-        return False
+def _without_key(host: str, links: Mapping[str, set[str]], kinds: frozenset[str] | None) -> str:
+    """What is wrong with a host's key, if anything is. `kinds`: of node that it may stand for; None if it has none."""
+    if kinds is None:
+        return (
+            f"no key of {host} is allowed on this machine, but these links leave theirs: {', '.join(links)}; "
+            f"type `ddrl keys new {host}` on {host}, and on every other host `ddrl keys allow {host} KEY` with the key "
+            "that it prints; or set insecure: true, on a link or once at the top level, if only machines you trust "
+            "reach that network"
+        )
+    if kinds and (beyond := frozenset[str]().union(*links.values()) - kinds):
+        return (
+            f"the key of {host} is allowed for {', '.join(sorted(kinds))} only, not for {', '.join(sorted(beyond))}; "
+            f"place those elsewhere, or type `ddrl keys allow {host} KEY` with --role for each kind that it may run"
+        )
+    return ""
 
 
 def check_env(plan: Plan, catalog: Catalog, root: Node, problems: Problems) -> None:

@@ -52,7 +52,7 @@ def load(
 
     Raises:
         TopologyError: with every problem found, each with file, line, column and path.
-        SecurityError: nothing else is wrong, but a link would leave its machine in the open.
+        SecurityError: nothing else is wrong, but a link would leave its machine, and a host at its end has no key here.
         EnvError: nothing else is wrong, but the environment cannot be made here.
     """
     if run_id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
@@ -73,7 +73,7 @@ def _judged(plan: Plan, tree: Node, catalog: Catalog, problems: Problems) -> Pla
     exposed, env = Problems(), Problems()
     checks.check_in_process(plan, tree, problems)
     checks.check_addresses(plan, tree, problems)
-    checks.check_security(plan, tree, exposed)
+    checks.check_security(plan, catalog.keys, tree, exposed)
     checks.check_env(plan, catalog, tree, env)
     if problems:
         problems.found |= exposed.found | env.found

@@ -177,6 +177,12 @@ class Plan:
             assert address, f"{peer.name} does not bind {link.name} for {node.name}"
             yield peer.name, address
 
+    def guests(self, node_name: str, link_name: str) -> Iterator[NodePlan]:
+        """The nodes of other hosts that connect to what this one binds for a link."""
+        node, link = self.nodes[node_name], self.links[link_name]
+        others = link.targets if link.binding_side == "out" else link.sources
+        return (peer for peer in self.members(others) if peer.host != node.host and _meet(link, node, peer))
+
     @cached_property
     def binds(self) -> dict[tuple[str, str], Bind]:
         """(node, link) -> what it binds. Each host's tcp ports count up: progress, control, then as written."""

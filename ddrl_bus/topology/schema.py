@@ -367,12 +367,18 @@ class AlgorithmEntry:
     they come."""
 
 
+HostKeys = Callable[[str], frozenset[str] | None]
+"""Of a host: the kinds of node that its key may stand for, empty for all; None if it has no key on this machine."""
+
+
 @dataclass(frozen=True)
 class Catalog:
-    """The algorithms there are; `probe_env` raises EnvError where an environment cannot be made on this host."""
+    """The algorithms there are; `probe_env` raises EnvError where an environment cannot be made on this host; without
+    `keys` no host has one."""
 
     algorithms: Mapping[str, AlgorithmEntry]
     probe_env: Callable[[EnvSettings], None] | None = None
+    keys: HostKeys | None = None
 
 
 # ── hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────

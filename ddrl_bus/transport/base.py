@@ -29,6 +29,13 @@ class SocketKind(Enum):
 
 
 class Socket(Protocol):
+    @property
+    def speakers(self) -> frozenset[str] | None:
+        """The nodes in whose name the message that is being handed over may speak; None: anybody's, it is local."""
+
+    def blame(self) -> None:
+        """The message that is being handed over was refused: who sends many such is shut out."""
+
     def send(self, *parts: Buffer) -> bool:
         """Send one message without waiting. False: no room now, nothing was sent. Never touch the parts again."""
 
@@ -52,8 +59,9 @@ class Backend(Protocol):
         *,
         bind: Sequence[str] = (),
         connect: Sequence[str] = (),
+        link: str = "",
     ) -> Socket:
-        """A socket that is read for its whole life by one pump, which calls `on_message`.
+        """A socket of a link that is read for its whole life by one pump, which calls `on_message`.
 
         Raises:
             AddressInUseError: another socket holds a `bind` address.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ddrl_bus.errors import UsageError
 from ddrl_bus.transport.base import Backend, scheme
@@ -12,6 +12,9 @@ from ddrl_bus.transport.links import Check, Client, Publisher, Receiver, Sender,
 from ddrl_bus.transport.memory import MemoryHub
 from ddrl_bus.transport.sessions.queue import OnLoss
 from ddrl_bus.transport.wire import Codec
+
+if TYPE_CHECKING:
+    from ddrl_bus.transport.security import Guard
 
 End = TypeVar("End", Sender, Receiver, Publisher, Subscriber, Client, Server)
 
@@ -24,13 +27,17 @@ class Bus:
         epoch: its life; a later life has a higher one.
         ledger: where the ends count.
         hub: makes `memory://` addresses available.
+        guard: who may come over tcp; without one everybody may.
     """
 
-    def __init__(self, node: str, epoch: int, ledger: Ledger, hub: MemoryHub | None = None) -> None:
+    def __init__(
+        self, node: str, epoch: int, ledger: Ledger, hub: MemoryHub | None = None, guard: Guard | None = None
+    ) -> None:
         self.node = node
         self.epoch = epoch
         self.ledger = ledger
         self._hub = hub
+        self._guard = guard
         self._zeromq: Backend | None = None
         self._ends: list[Sender | Receiver | Publisher | Subscriber | Client | Server] = []
 
@@ -78,5 +85,5 @@ class Bus:
         if self._zeromq is None:
             from ddrl_bus.transport.zeromq import ZmqBackend
 
-            self._zeromq = ZmqBackend()
+            self._zeromq = ZmqBackend(self._guard)
         return self._zeromq

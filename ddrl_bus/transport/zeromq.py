@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import zmq
 
 from ddrl_bus.errors import AddressInUseError, UsageError
 from ddrl_bus.transport.base import OnMessage, SocketKind, scheme
+from ddrl_bus.transport.security import RELOAD_S, ZAP_ADDRESS, Guard
 from ddrl_bus.transport.wire import MAX_FRAME, SMALL_FRAME, Buffer
 
 COPY_BELOW: Final = 128 << 10
@@ -35,6 +37,7 @@ _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 ASK_FIRST: Final = 2
 """Messages of one drain before which the socket is asked whether there is one: a receive that finds none raises, which
 costs as much as five questions. After so many there is a backlog."""
+BIND_AGAIN_S: Final = 0.05
 DRAIN_MESSAGES: Final = 256
 DRAIN_BYTES: Final = 1 << 20
 """Both bound one turn of the pump; more bytes at once would only make libzmq fault in memory for the next ones. A
@@ -75,11 +78,21 @@ _TYPES: Final = {
 
 
 class ZmqBackend:
-    """One ZeroMQ context, and the sockets made of it; they live in the running event loop."""
+    """One ZeroMQ context, and the sockets made of it; they live in the running event loop.
 
-    def __init__(self) -> None:
+    With a guard, the handler that libzmq asks about each handshake is there before anything is bound. It answers from
+    the event loop: a loop that hangs lets nobody in.
+    """
+
+    def __init__(self, guard: Guard | None = None) -> None:
         self._context = zmq.Context()
         self._sockets: list[ZmqSocket] = []
+        self._guard = guard
+        self._timer: asyncio.TimerHandle | None = None
+        if guard is not None and guard.pair is not None:
+            self._zap = ZmqSocket(self._context, SocketKind.ROUTER, self._on_zap)
+            self._zap.raw.bind(ZAP_ADDRESS)
+            self._refresh_later(guard)
 
     def socket(
         self,
@@ -88,27 +101,55 @@ class ZmqBackend:
         *,
         bind: Sequence[str] = (),
         connect: Sequence[str] = (),
+        link: str = "",
     ) -> ZmqSocket:
-        socket = ZmqSocket(self._context, kind, on_message)
+        socket = ZmqSocket(self._context, kind, on_message, link, self._guard)
         self._sockets.append(socket)
         try:
-            for address in bind:
+            for address in sorted(bind, key=socket.guards):  # CURVE is for all that is bound after it is set
                 socket.bind(address)
             for address in connect:
-                socket.raw.connect(address)
+                socket.connect(address)
         except Exception:
             socket.close()
             raise
         return socket
 
+    def _on_zap(self, parts: list[Buffer]) -> None:
+        assert self._guard is not None
+        peer, _, *request = (bytes(part) for part in parts)
+        try:
+            self._zap.send(peer, b"", *self._guard.zap(request))
+        except Exception:  # without an answer nobody comes in
+            logging.getLogger(__name__).exception("a handshake was not answered")
+
+    def _refresh_later(self, guard: Guard) -> None:
+        self._timer = asyncio.get_running_loop().call_later(RELOAD_S, self._refresh, guard)
+
+    def _refresh(self, guard: Guard) -> None:
+        self._refresh_later(guard)
+        fewer_rights = guard.refresh()
+        for socket in self._sockets:
+            socket.renew(fewer_rights)
+
     def close(self) -> None:
         for socket in self._sockets:
             socket.close()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._zap.close()
         self._context.term()
 
 
 class ZmqSocket:
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: SocketKind, on_message: OnMessage | None) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        kind: SocketKind,
+        on_message: OnMessage | None,
+        link: str = "",
+        guard: Guard | None = None,
+    ) -> None:
         self.raw = context.socket(_TYPES[kind])
         for option, value in (OPTIONS | KIND_OPTIONS.get(kind, {})).items():
             self.raw.setsockopt(option, value)
@@ -121,6 +162,13 @@ class ZmqSocket:
         self._cork: list[Buffer] = []
         self._pump_due = False
         self._locks: list[int] = []
+        self.speakers: frozenset[str] | None = None
+        self._link = link
+        self._guard = guard
+        self._user: str | None = None
+        self._guarded: list[str] = []
+        self._unbound: list[str] = []
+        self._dialled: dict[str, str | None] = {}
         self._loop = asyncio.get_running_loop()
         self._fd = int(self.raw.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._pump, 1)
@@ -129,6 +177,9 @@ class ZmqSocket:
     def bind(self, address: str) -> None:
         if scheme(address) == "ipc":
             self._locks.append(_claim(address))
+        if self.guards(address):
+            self._serve_curve()
+            self._guarded.append(address)
         try:
             self.raw.bind(address)
         except zmq.ZMQError as error:
@@ -138,6 +189,70 @@ class ZmqSocket:
                     "or give this topology another `port:`"
                 ) from None
             raise UsageError(f"cannot bind {address}: {error}") from None
+
+    def connect(self, address: str) -> None:
+        if self.guards(address):
+            self._dialled[address] = None
+            self._dial(address)
+        else:
+            self.raw.connect(address)
+
+    def guards(self, address: str) -> bool:
+        return self._guard is not None and self._guard.guards(address)
+
+    def _serve_curve(self) -> None:
+        assert self._guard is not None
+        assert self._guard.pair is not None
+        self.raw.setsockopt(zmq.ZAP_DOMAIN, self._link.encode())
+        self.raw.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else everybody may come where no handler answers
+        self.raw.setsockopt(zmq.CURVE_SECRETKEY, self._guard.pair.secret.encode())
+        self.raw.setsockopt(zmq.CURVE_SERVER, 1)
+
+    def _dial(self, address: str) -> None:
+        """Connect with the key that the server must have, or stay away while none is allowed."""
+        assert self._guard is not None
+        assert self._guard.pair is not None
+        key, before = self._guard.server_key(address), self._dialled[address]
+        if key == before:
+            return
+        if before is not None:
+            self.raw.disconnect(address)
+        if key is not None:
+            self.raw.setsockopt(zmq.CURVE_SERVERKEY, key.encode())
+            self.raw.setsockopt(zmq.CURVE_PUBLICKEY, self._guard.pair.public.encode())
+            self.raw.setsockopt(zmq.CURVE_SECRETKEY, self._guard.pair.secret.encode())
+            self.raw.connect(address)
+        self._dialled[address] = key
+
+    def renew(self, fewer_rights: bool) -> None:
+        """The allow-list was looked at. What was bound is bound anew, for that ends every connection: they come back by
+        a handshake, those whose key is still allowed."""
+        if self.raw.closed:
+            return
+        for address in self._dialled:
+            self._dial(address)
+        if fewer_rights:
+            for address in set(self._guarded) - set(self._unbound):
+                self.raw.unbind(address)
+                self._unbound.append(address)
+        self._bind_again()
+
+    def _bind_again(self) -> None:
+        """libzmq lets go of an address a moment after `unbind`."""
+        if self.raw.closed or not self._unbound:
+            return
+        try:
+            self.raw.bind(self._unbound[-1])
+            self._unbound.pop()
+        except zmq.ZMQError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        self._pump_soon()  # it lets go only if asked for events
+        self._loop.call_later(BIND_AGAIN_S, self._bind_again)
+
+    def blame(self) -> None:
+        if self._guard is not None and self._user is not None:
+            self._guard.refused(self._user)
 
     def send(self, *parts: Buffer) -> bool:
         if self._corks and len(parts) == 1 and len(parts[0]) < CORK_BELOW:
@@ -228,11 +343,25 @@ class ZmqSocket:
             while frame.more:
                 frame = recv(_NOBLOCK, copy=False)
                 parts.append(_body(frame))
-            on_message(parts)
+            if not self._guarded or self._is_let_in(frame):
+                on_message(parts)
             budget -= len(parts[-1])
             if budget <= 0:
                 break
         self._pump_soon()
+
+    def _is_let_in(self, frame: zmq.Frame) -> bool:
+        """Whether a message may be read at all; `speakers` and `blame` are about it then."""
+        assert self._guard is not None
+        try:
+            self._user = str(frame.get("User-Id"))
+        except zmq.ZMQError:  # over ipc, whose folder is ours alone; a guarded address gives everybody an id
+            self._user = self.speakers = None
+            return True
+        self.speakers = self._guard.speakers(self._link, self._user)
+        if not self.speakers:
+            self._guard.unread()
+        return bool(self.speakers)
 
 
 def _body(frame: zmq.Frame) -> Buffer:

@@ -5,6 +5,7 @@ Each host has its own run directory, and its own folder for sockets, as two mach
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from ddrl_bus.transport import ledger
 
 ADDRESSES = {"gpu0": "10.77.0.1", "cpu1": "10.77.0.2"}
 LATE_S = 10.0
+CUT_S = 2.0
 DOWN_S = 2.0
 TWO_HOSTS = ("two-hosts", "nodes.actor.count=2")
 DDPPO = (
@@ -79,11 +81,19 @@ def cable() -> Iterator[Cable]:
 
 
 @contextmanager
-def share(cable: Cable, host: str, folder: Path, *overrides: str, topology: Sequence[str] = TWO_HOSTS) -> Iterator[Run]:
-    """`ddrl-node --host HOST` on that host."""
+def share(
+    cable: Cable,
+    host: str,
+    folder: Path,
+    *overrides: str,
+    topology: Sequence[str] = TWO_HOSTS,
+    keys: Path | None = None,
+) -> Iterator[Run]:
+    """`ddrl-node --host HOST` on that host, with the keys of its user."""
     sockets = Path(tempfile.mkdtemp(prefix=f"{host}-"))  # a path that leaves room for the names of sockets
     words = ["-t", *topology, "--host", host, "--json", "--run-dir", str(folder), *overrides]
     environ = ENVIRON | {"TMPDIR": str(sockets), "GPU0": ADDRESSES["gpu0"], "CPU1": ADDRESSES["cpu1"]}
+    environ |= {"DDRL_KEYS": str(keys or folder / "none")}
     prefix = ("ip", "netns", "exec", cable.namespaces[host])
     run = Run(folder, command(*words, name="ddrl_node", prefix=prefix), environ)
     try:
@@ -197,3 +207,71 @@ def test_replicas_on_two_hosts_lose_each_other_and_meet_again(cable: Cable, tmp_
             assert "DivergedError" not in run.said, host
         pages = [ledger.read(page) for run in (first, second) for page in (run.folder / "ledger").glob("*.page")]
         assert_closed(ledger.audit(pages)["trajectories"])
+
+
+def ddrl_keys(folder: Path, *words: str) -> str:
+    """What `ddrl keys WORDS` prints on the host with that folder of keys."""
+    environ = ENVIRON | {"DDRL_KEYS": str(folder)}
+    done = subprocess.run(command("keys", *words), env=environ, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, Path]:
+    """Host → its folder of keys, after each has allowed the other."""
+    folders = {host: tmp_path / f"keys-{host}" for host in ADDRESSES}
+    public = {host: ddrl_keys(folder, "new", host) for host, folder in folders.items()}
+    ddrl_keys(folders["gpu0"], "allow", "cpu1", public["cpu1"], "--role", "actor", "--role", "evaluator")
+    ddrl_keys(folders["cpu1"], "allow", "gpu0", public["gpu0"])
+    return folders
+
+
+def test_with_keys_it_trains_and_nothing_secret_is_left_behind(
+    cable: Cable, tmp_path: Path, keys: dict[str, Path]
+) -> None:
+    secrets = [(keys[host] / f"{host}.key").read_text().strip() for host in ADDRESSES]
+    with (
+        share(cable, "gpu0", tmp_path / "gpu0", "insecure=false", keys=keys["gpu0"]) as learner,
+        share(cable, "cpu1", tmp_path / "cpu1", "insecure=false", keys=keys["cpu1"]) as actors,
+    ):
+        learner.until(lambda: learner.trained() > 20, "training by key")
+        status = learner.status()
+        assert status is not None
+        assert status["quarantined"] == []
+        said = [json.dumps(status), *(Path(f"/proc/{pid}/cmdline").read_text() for _, pid in actors.alive())]
+        ended = learner.ends()
+        assert ended["reason"] == "reward"
+        assert actors.ends() == {}
+        assert assert_books_agree(learner, actors).refused == 0
+        assert ended["ledger"]["closed"]
+        said += [learner.said, actors.said]
+        files = [path for run in (learner, actors) for path in run.folder.rglob("*") if path.is_file()]
+    assert files
+    for secret in secrets:
+        assert not any(secret in text for text in said)
+        assert not any(secret.encode() in path.read_bytes() for path in files)
+
+
+def test_a_host_that_is_revoked_is_cut_off_from_a_run(cable: Cable, tmp_path: Path, keys: dict[str, Path]) -> None:
+    """The others go on without it, and it trains again once it is allowed."""
+    words = ("insecure=false", *FOREVER)
+    with (
+        share(cable, "gpu0", tmp_path / "gpu0", *words, keys=keys["gpu0"]) as learner,
+        share(cable, "cpu1", tmp_path / "cpu1", *words, keys=keys["cpu1"]),
+    ):
+        learner.until(lambda: learner.trained() > 20, "training by key")
+        entry = next(line for line in ddrl_keys(keys["gpu0"], "list").splitlines() if line.startswith("cpu1"))
+        ddrl_keys(keys["gpu0"], "revoke", "cpu1")
+        time.sleep(CUT_S)
+        before = learner.trained()
+        time.sleep(CUT_S)
+        assert learner.trained() - before <= 1  # what was received already may fill one batch more
+        status = learner.status()
+        assert status is not None
+        assert status["nodes"]["actor-0"]["silent_s"] > 1
+        learner.kill("learner-0")  # whoever starts anew goes on without the host as well
+        learner.pid("learner-0", life=2)
+        ddrl_keys(keys["gpu0"], "allow", *entry.split()[:2])
+        learner.trains_on(50, "training after it was allowed again")
+        learner.process.send_signal(signal.SIGTERM)
+        assert learner.ends()["reason"] == "stop"

@@ -442,3 +442,12 @@ async def test_metrics_begin_with_the_first_update(on_stage: OnStage) -> None:
         await stage.beat("learner-0", gauges={"first_update_at": 5.0})
         await eventually(metrics.read_text)
         assert np.isfinite(json.loads(metrics.read_text().splitlines()[0])["time"])
+
+
+async def test_status_names_the_hosts_that_any_node_has_shut_out(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        counters = {"security/cpu2/quarantined": 1, "security/cpu1/quarantined": 0, "security/denied": 4}
+        await stage.beat("learner-0", counters=counters)
+        status = await stage.status()
+        assert status["quarantined"] == ["cpu2"]
+        assert status["nodes"]["learner-0"]["counters"] == counters

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -795,27 +797,57 @@ def test_an_ipc_path_that_no_socket_takes_is_refused(tmp_path: Path) -> None:
 REMOTE = BASE.replace("envs: 32", "envs: 32, host: b") + "hosts: {a: 10.0.0.1, b: gpu.lan}\n"
 
 
-def test_a_link_into_the_open_is_a_security_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        SecurityError, match=r"links.weights: learner-0 would bind tcp://10.0.0.1:\d+ without"
-    ) as caught:
-        load_text(tmp_path, REMOTE)
+def keys_of(**hosts: str) -> Catalog:
+    """The catalog of a machine that allows these hosts, each for some kinds of node or, without any, for all."""
+    return replace(CATALOG, keys=lambda host: frozenset(hosts[host].split()) if host in hosts else None)
+
+
+def refused(tmp_path: Path, text: str, *overrides: str, **options: Any) -> list[str]:
+    """The lines of the security error."""
+    with pytest.raises(SecurityError) as caught:
+        load_text(tmp_path, text, *overrides, **options)
     assert caught.value.exit_code == 77
-    assert len(str(caught.value).splitlines()) == 4
-    assert "CURVE" in str(caught.value)
+    return str(caught.value).splitlines()
+
+
+def test_a_link_into_the_open_is_a_security_error_that_says_what_to_type(tmp_path: Path) -> None:
+    lines = refused(tmp_path, REMOTE)
+    assert len(lines) == 2
+    for line, host in zip(lines, "ab", strict=True):
+        assert f"links: no key of {host} is allowed" in line
+        assert "trajectories, weights" in line.replace("progress, control, ", "")
+        for command in (f"`ddrl keys new {host}`", f"`ddrl keys allow {host} KEY`", "insecure: true"):
+            assert command in line
+
+
+def test_keys_of_all_hosts_excuse_them(tmp_path: Path) -> None:
+    assert load_text(tmp_path, REMOTE, catalog=keys_of(a="", b=""))
+    (line,) = refused(tmp_path, REMOTE, catalog=keys_of(a=""))
+    assert "links: no key of b" in line
+
+
+def test_a_key_for_some_kinds_of_node_is_for_no_others(tmp_path: Path) -> None:
+    assert load_text(tmp_path, REMOTE, catalog=keys_of(a="", b="actor"))
+    (line,) = refused(tmp_path, REMOTE, catalog=keys_of(a="learner", b="actor"))
+    assert "the key of a is allowed for learner only, not for controller;" in line
 
 
 def test_one_secured_link_does_not_excuse_the_others(tmp_path: Path) -> None:
-    with pytest.raises(SecurityError) as caught:
-        load_text(tmp_path, REMOTE, "links.weights.insecure=true")
-    assert "weights" not in str(caught.value)
-    with pytest.raises(SecurityError, match=r"links.weights"):
-        load_text(tmp_path, REMOTE + "insecure: true\n", "links.weights.insecure=false")
+    assert not any("weights" in line for line in refused(tmp_path, REMOTE, "links.weights.insecure=true"))
+    (first, _) = refused(tmp_path, REMOTE + "insecure: true\n", "links.weights.insecure=false")
+    assert "leave theirs: weights;" in first
+
+
+def test_no_key_protects_the_sums_of_learners_on_several_hosts(tmp_path: Path) -> None:
+    text = BASE.replace("learner: {}", "learner: {count: 2, host: [a, b]}") + "hosts: {a: 10.0.0.1, b: gpu.lan}\n"
+    (line,) = refused(tmp_path, text, catalog=keys_of(a="", b=""))
+    assert "links.sync: learners on several hosts sum their gradients in plain text" in line
+    assert load_text(tmp_path, text, "links.sync.insecure=true", catalog=keys_of(a="", b=""))
 
 
 def test_exposed_links_come_with_the_other_problems(tmp_path: Path) -> None:
     found = problems(tmp_path, REMOTE + "port: 65533\n")
-    assert any("without encryption" in p.message for p in found)
+    assert any("no key of a" in p.message for p in found)
     assert any("expected at most 65535" in p.message for p in found)
 
 

@@ -19,6 +19,7 @@ from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Balance, Ledger, audit
 from ddrl_bus.transport.links import Check, Client, Publisher, Receiver, Sender, Server, Subscriber, life
 from ddrl_bus.transport.memory import MemoryHub
+from ddrl_bus.transport.security import Guard
 from ddrl_bus.transport.sessions.queue import OnLoss
 from ddrl_bus.transport.wire import Arena, Codec, Layout, Message
 
@@ -112,8 +113,13 @@ class Net:
         name = life(node, epoch)
         if name not in self._buses:
             self.ledgers[name] = Ledger()
-            self._buses[name] = Bus(node, epoch, self.ledgers[name], self._hub)
+            guard = self.guard(node, self.ledgers[name])
+            self._buses[name] = Bus(node, epoch, self.ledgers[name], self._hub, guard)
         return self._buses[name]
+
+    def guard(self, node: str, ledger: Ledger) -> Guard | None:
+        """Nobody's: everybody may come."""
+        return None
 
     def receiver(
         self,

@@ -95,7 +95,7 @@ class End:
         connect: Sequence[str] = (),
     ) -> Socket:
         try:
-            socket = backend.socket(kind, on_message, bind=bind, connect=connect)
+            socket = backend.socket(kind, on_message, bind=bind, connect=connect, link=self.link)
         except Exception:
             self.close()  # half an end would hold its addresses and tick on
             raise
@@ -115,6 +115,19 @@ class End:
     def _refuse(self, reason: str) -> None:
         """Count bytes that belong to no lane: garbage, strangers, zombies."""
         self._counter("stray", reason).add()
+
+    def _reject(self, socket: Socket, reason: str) -> None:
+        """Refuse what no honest peer sends."""
+        self._refuse(reason)
+        socket.blame()
+
+    def _may_speak(self, socket: Socket, node: str) -> bool:
+        """Whether whoever sent what `socket` hands over now may speak for this node; else it is refused."""
+        speakers = socket.speakers
+        if speakers is None or node in speakers:
+            return True
+        self._reject(socket, "rights")
+        return False
 
     def _ensure_open(self) -> None:
         if self._closed:

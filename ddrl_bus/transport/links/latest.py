@@ -53,7 +53,9 @@ class Publisher(End):
         joined = subscription(parts, b"S")
         if joined is None:
             if bytes(parts[0]) not in (b"\x01A", b"\x00A") and bytes(parts[0][:1]) != b"\x00":
-                self._refuse("hello")
+                self._reject(self._socket, "hello")
+            return
+        if not self._may_speak(self._socket, joined[0]):
             return
         for chunk in self._core.snapshot():
             self._socket.send(topic(b"S", *joined), msgpack.packb(chunk.head), chunk.body)

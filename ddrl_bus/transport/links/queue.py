@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -77,7 +78,8 @@ class Sender(End):
         hello = topic(b"Q", self._node, self._epoch)
         for receiver, address in receivers.items():
             self._data[receiver] = self._open(backend, SocketKind.PUSH, None, connect=[address])
-            credits = self._open(backend, SocketKind.SUB, self._on_credit, connect=[back_channel(address)])
+            heard = partial(self._on_credit, receiver)
+            credits = self._open(backend, SocketKind.SUB, heard, connect=[back_channel(address)])
             credits.subscribe(hello)
 
     async def send(self, arena: Arena, fields: Mapping[str, Any]) -> None:
@@ -129,13 +131,13 @@ class Sender(End):
             counter = self._produced[key] = self._counter(ends, "produced")
         return counter
 
-    def _on_credit(self, parts: list[Buffer]) -> None:
+    def _on_credit(self, receiver: str, parts: list[Buffer]) -> None:
         try:
             credit = _parse_credit(parts)
         except WireError as error:
             self._refuse(error.reason)
             return
-        if credit.receiver not in self._data:
+        if credit.receiver != receiver:  # it speaks of its own credit only
             self._refuse("unknown_receiver")
             return
         reopened = self._core.credit(credit, self._loop.time())
@@ -236,7 +238,7 @@ class Receiver(End):
         self._bytes = self._counter("bytes_in")
         self._decode_ns, self._queue_ns = self._counter("decode_ns"), self._counter("queue_wait_ns")
         self._credits_due = False
-        self._open(backend, SocketKind.PULL, self._on_data, bind=binds)
+        self._data = self._open(backend, SocketKind.PULL, self._on_data, bind=binds)
         self._credits = self._open(backend, SocketKind.XPUB, self._on_hello, bind=[back_channel(b) for b in binds])
 
     async def recv(self) -> Message:
@@ -269,18 +271,20 @@ class Receiver(End):
     def _on_data(self, parts: list[Buffer]) -> None:
         began = perf_counter_ns()
         if len(parts) != 1:
-            self._refuse("parts")
+            self._reject(self._data, "parts")
             return
         try:
             message = wire.decode(parts[0])
         except WireError as error:
-            self._refuse(error.reason)
+            self._reject(self._data, error.reason)
+            return
+        if not self._may_speak(self._data, message.node):
             return
         now = self._loop.time()
         if message.kind == PROBE_KIND:
             sent = message.fields.get("sent")
             if type(sent) is not int or sent < 0:
-                self._refuse("probe")
+                self._reject(self._data, "probe")
                 return
             self._core.probed(message.node, message.epoch, sent, message.lane, now)
             self._credits_soon()
@@ -322,7 +326,9 @@ class Receiver(End):
         hello = subscription(parts, b"Q")
         if hello is None:
             if bytes(parts[0][:1]) != b"\x00":
-                self._refuse("hello")
+                self._reject(self._credits, "hello")
+            return
+        if not self._may_speak(self._credits, hello[0]):
             return
         known = self._core.senders.get(hello[0])
         is_new = known is None or known.epoch < hello[1]

@@ -175,12 +175,14 @@ class Server(End):
 
     def _on_request(self, parts: list[Buffer]) -> None:
         if len(parts) != 2:
-            self._refuse("parts")
+            self._reject(self._socket, "parts")
             return
         try:
             message = wire.decode(parts[1])
         except WireError as error:
-            self._refuse(error.reason)
+            self._reject(self._socket, error.reason)
+            return
+        if not self._may_speak(self._socket, message.node):
             return
         if len(self._box) >= MAX_OPEN_REQUESTS:
             self._refuse("busy")  # the client asks again
