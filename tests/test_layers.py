@@ -14,9 +14,10 @@ PACKAGE = Path(ddrl_bus.__file__).parent
 
 # room -> the rooms of ours and the libraries that it may import, function-level imports included
 BELOW_NODES = {"errors", "topology", "transport", "messages", "experience", "metrics", "checkpoint", "algos", "envs"}
-BELOW_NODES |= {"rate_limiter", "replay_buffer"}
+BELOW_NODES |= {"rate_limiter", "replay_buffer", "versions"}
 ROOMS = {
     "errors": set(),
+    "versions": set(),
     "topology": {"errors", "rate_limiter"},
     "transport": {"errors"},
     "messages": {"errors", "transport"},
@@ -35,6 +36,7 @@ ROOMS = {
 }
 LIBRARIES = {
     "errors": set(),
+    "versions": set(),
     "topology": {"pydantic", "pydantic_core", "ruamel"},
     "transport": {"zmq", "msgpack", "numpy", "lz4"},
     "messages": {"pydantic"},
