@@ -147,6 +147,31 @@ def show(words: Sequence[str], mermaid: bool) -> None:
 
 
 @ddrl.command()
+@click.argument("engine", type=click.Choice(["slurm", "k8s", "compose", "systemd", "tmux"]))
+@words_argument
+@click.option("--node-command", metavar="COMMAND", default="ddrl-node", help="How ddrl-node is called there.")
+@click.option("--image", default="ddrl-bus", help="Of containers.", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Write files into this folder.")
+@debug
+def emit(engine: str, words: Sequence[str], node_command: str, image: str, output: Path | None) -> None:
+    """Print what an engine that you have runs: a host of the topology on each of its nodes."""
+    from ddrl_bus.launch.emit import ENGINES, Options
+    from ddrl_bus.launch.start import plan_of
+
+    topology, overrides = _split(words)
+    plan = plan_of(_required(topology), overrides, probe=False)
+    files = ENGINES[engine](plan, Options(node_command, image))
+    if output is None:
+        for name, text in files.items():
+            click.echo(f"# ── {name}\n{text}" if len(files) > 1 else text, nl=False)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (output / name).write_text(text, encoding="utf-8")
+        click.echo(output / name)
+
+
+@ddrl.command()
 @debug
 def schema() -> None:
     """Print the JSON Schema of topology files, for editors."""

@@ -368,13 +368,14 @@ def test_two_hosts_on_one_machine() -> None:
 
 def test_the_line_that_the_head_prints_starts_the_other_host() -> None:
     """`ddrl run` is the head, for it has the head's address; the other one needs no file."""
-    with running(
-        "run", *SMALL, *HOSTS, "stop.steps=20_000", "stop.reward=null", "--json", "--run-dir", "gpu0"
-    ) as learner:
-        with running("--join", "127.0.0.1:17077", "--host", "cpu1", "--run-dir", "cpu1", name="ddrl_node") as actors:
-            actors.folder, learner.folder = Path("cpu1"), Path("gpu0")
-            closing = learner.ended()
-            out, err = actors.process.communicate(timeout=60)
+    steps = ["stop.steps=20_000", "stop.reward=null"]
+    with (
+        running("run", *SMALL, *HOSTS, *steps, "--json", "--run-dir", "gpu0") as learner,
+        running("--join", "127.0.0.1:17077", "--host", "cpu1", "--run-dir", "cpu1", name="ddrl_node") as actors,
+    ):
+        actors.folder, learner.folder = Path("cpu1"), Path("gpu0")
+        closing = learner.ended()
+        out, err = actors.process.communicate(timeout=60)
 
     assert (actors.process.returncode, out) == (0, ""), err
     assert "on cpu1:  ddrl-node --join tcp://127.0.0.1:17077 --host cpu1\n" in learner.said

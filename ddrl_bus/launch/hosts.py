@@ -39,7 +39,10 @@ def this_host(plan: Plan) -> str:
     here = [host for host in hosts_of(plan) if is_here(plan.hosts[host])]
     if not here:
         known = ", ".join(f"{host} ({plan.hosts[host]})" for host in hosts_of(plan))
-        raise UsageError(f"{plan.name}: this machine has none of its hosts' addresses: {known}; give --host HOST")
+        raise UsageError(
+            f"{plan.name}: this machine has none of its hosts' addresses: {known}; "
+            "a host is started there, or wherever you say so with `ddrl-node -t TOPO --host HOST`"
+        )
     return head_of(plan) if head_of(plan) in here else here[0]
 
 
@@ -103,9 +106,9 @@ class Missing:
                     yield f"{host} is here"
                 self._since[host], self._next[host] = now, FIRST_S
             elif here is False and now - since >= self._next[host]:
-                self._next[host] *= 2
                 line = f"; type there:  {self._lines[host]}" if host in self._lines else ""
-                yield f"{host} ({self._plan.hosts[host]}) has been missing for {now - since:.0f} s{line}"
+                yield f"{host} ({self._plan.hosts[host]}) has been missing for {self._next[host]:.0f} s{line}"
+                self._next[host] *= 2
 
     def _is_here(self, host: str, status: Status | None) -> bool | None:
         """None if nobody can tell."""

@@ -9,6 +9,8 @@ left by itself although the run goes on is started again after the grace time.
     SIGINT, SIGTERM, SIGHUP    the controller is asked to drain everybody, then as above; where none answers: SIGTERM
     the same a second time     SIGKILL
     a node cannot go on        SIGTERM, after `grace` SIGKILL
+    the controller elsewhere   has finished or is gone when a node leaves: as if it had finished here; silent for
+                               HEAD_LOST_S: SIGTERM
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Final
 from ddrl_bus.errors import EnvError, FencedError, RemoteError, SecurityError, UnreachableError, UsageError
 from ddrl_bus.launch import closing, logs, remote, run_dir
 from ddrl_bus.launch.display import Display
-from ddrl_bus.launch.hosts import Missing
+from ddrl_bus.launch.hosts import Missing, head_of
 from ddrl_bus.launch.node import INTERNAL
 from ddrl_bus.topology import NodePlan, Plan
 
@@ -41,6 +43,8 @@ STAGGER_S: Final = 0.4  # between kinds: all at once they would slow down the on
 TERM_S: Final = 3.0
 STATUS_S: Final = 1.0
 FAR_STATUS_S: Final = 5.0
+HEAD_LOST_S: Final = 600.0
+"""A share without the controller ends when that has not answered for so long, once it had."""
 START_ORDER: Final[Sequence[str]] = (  # the slowest to start first
     "param_server",
     "learner",
@@ -51,7 +55,7 @@ START_ORDER: Final[Sequence[str]] = (  # the slowest to start first
     "evaluator",
 )
 SSH_FAILED: Final = 255
-"""How ssh ends when it is to blame; our own processes never end so."""
+"""How ssh ends where there is no connection, or a signal ended what it started; our own processes never end so."""
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TAIL_BYTES: Final = 8192
 
@@ -80,8 +84,6 @@ class Failure:
 
 
 def how(code: int) -> str:
-    if code == SSH_FAILED:
-        return "failed: no connection (exit code 255)"
     return f"failed with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
 
 
@@ -105,7 +107,7 @@ class Supervisor:
         lines: Mapping[str, str] | None = None,
         remotes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.failure: Failure | None = None
+        self.failure: Failure | UnreachableError | None = None
         self.restarts = 0
         self._plan = plan
         self._folder = folder
@@ -114,6 +116,7 @@ class Supervisor:
             node.process: plan.process(node.process) for node in plan.on_host(host)
         }
         self._host = host
+        self._is_head = head_of(plan) == host
         self._lines, self._remotes = lines or {}, remotes or {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._left: set[str] = set()
@@ -171,11 +174,22 @@ class Supervisor:
         self._left.add(name)
         nodes = self._plans.get(name, ())
         finished = any(node.kind == "controller" for node in nodes) and (self._folder / closing.RESULT).exists()
-        if finished or self._left >= self._plans.keys():
+        if finished or self._left >= self._plans.keys() or await self._head_ended():
             self._ending.set()
         over = await self._ends_within(self._plan.grace)
         self._left.discard(name)
         return over
+
+    async def _head_ended(self) -> bool:
+        """Whether a run whose controller is elsewhere is over: one that is not there any more told nodes to leave."""
+        if self._is_head:
+            return False
+        try:
+            with remote.controller(run_dir.status_address(self._plan, self._host)) as controller:
+                status = await controller.status()
+        except (UnreachableError, RemoteError):
+            return True
+        return bool(status["phase"] == "drain")
 
     async def _ends_within(self, seconds: float) -> bool:
         try:
@@ -278,16 +292,23 @@ class Supervisor:
         """Show how the run goes, as long as it does, and which hosts it waits for."""
         loop = asyncio.get_running_loop()
         missing = Missing(self._plan, self._host, self._lines, loop.time())
+        heard: float | None = None
         with remote.controller(run_dir.status_address(self._plan, self._host)) as controller:
             while True:
                 status = None
                 with contextlib.suppress(UnreachableError, RemoteError):  # starting, or on its way back
                     status = await controller.status()
-                if status is not None and self.has_controller:
-                    self._display.show(status)
+                if status is not None:
+                    heard = loop.time()
+                    if self.has_controller:
+                        self._display.show(status)
+                elif not self._is_head and heard is not None and loop.time() - heard > HEAD_LOST_S:
+                    self.failure = UnreachableError(f"the head has not answered for {HEAD_LOST_S:.0f} s")
+                    self._ending.set()
+                    return
                 for note in missing.notes(status, loop.time()):
                     self._display.note(note)
-                await asyncio.sleep(STATUS_S if self.has_controller else FAR_STATUS_S)
+                await asyncio.sleep(STATUS_S if self._is_head else FAR_STATUS_S)
 
 
 def _ranks(plans: Mapping[str, Sequence[NodePlan]]) -> dict[str, int]:

@@ -1,31 +1,22 @@
-"""Two hosts, each a network namespace of its own, joined by one cable: the reference topology over tcp.
-
-Each host has its own run directory, and its own folder for sockets, as two machines would.
-"""
+"""The reference topology over tcp, on two hosts that both have its file."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from runs import ENVIRON, FOREVER, Run, assert_closed, command
+from cables import ADDRESSES, MISSING, Cable, running
+from runs import FOREVER, Run, assert_closed
 
 from ddrl_bus.launch import closing
 from ddrl_bus.transport import ledger
 
-ADDRESSES = {"gpu0": "10.77.0.1", "cpu1": "10.77.0.2"}
 LATE_S = 10.0
 DOWN_S = 2.0
-MISSING = "needs root and iproute2" if os.geteuid() or not shutil.which("ip") else ""
 
 pytestmark = [
     pytest.mark.hosts,
@@ -33,56 +24,10 @@ pytestmark = [
 ]
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
-@dataclass
-class Cable:
-    """Two namespaces and the veth pair between them."""
-
-    namespaces: dict[str, str]
-    ends: dict[str, str]
-
-    def unplugged(self, seconds: float) -> None:
-        ip("-n", self.namespaces["gpu0"], "link", "set", self.ends["gpu0"], "down")
-        try:
-            time.sleep(seconds)
-        finally:
-            ip("-n", self.namespaces["gpu0"], "link", "set", self.ends["gpu0"], "up")
-
-
-@pytest.fixture
-def cable() -> Iterator[Cable]:
-    namespaces = {host: f"ddrl-{os.getpid()}-{host}" for host in ADDRESSES}
-    ends = {host: f"dd{os.getpid()}{host[0]}" for host in ADDRESSES}
-    with ExitStack() as undo:
-        for name in namespaces.values():
-            ip("netns", "add", name)
-            undo.callback(ip, "netns", "del", name)  # its end of the cable goes with it
-        near, far = ends.values()
-        ip("link", "add", near, "type", "veth", "peer", "name", far)
-        for host, name in namespaces.items():
-            ip("link", "set", ends[host], "netns", name)
-            ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", ends[host])
-            ip("-n", name, "link", "set", ends[host], "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield Cable(namespaces, ends)
-
-
-@contextmanager
-def share(cable: Cable, host: str, folder: Path, *overrides: str) -> Iterator[Run]:
+def share(cable: Cable, host: str, folder: Path, *overrides: str) -> AbstractContextManager[Run]:
     """`ddrl-node --host HOST` on that host."""
-    sockets = Path(tempfile.mkdtemp(prefix=f"{host}-"))  # a path that leaves room for the names of sockets
-    words = ["-t", "two-hosts", "--host", host, "--json", "--run-dir", str(folder), "nodes.actor.count=2", *overrides]
-    environ = ENVIRON | {"TMPDIR": str(sockets), "GPU0": ADDRESSES["gpu0"], "CPU1": ADDRESSES["cpu1"]}
-    prefix = ("ip", "netns", "exec", cable.namespaces[host])
-    run = Run(folder, command(*words, name="ddrl_node", prefix=prefix), environ)
-    try:
-        yield run
-    finally:
-        run.close()
-        shutil.rmtree(sockets)
+    words = ("-t", "two-hosts", "--host", host, "nodes.actor.count=2", *overrides)
+    return running(cable, host, folder, *words, GPU0=ADDRESSES["gpu0"], CPU1=ADDRESSES["cpu1"])
 
 
 def assert_books_agree(learner: Run, actors: Run) -> ledger.Balance:

@@ -24,7 +24,7 @@ def test_the_host_is_known_by_its_address() -> None:
     assert this_host(plan(gpu0="localhost")) == "gpu0"
     assert this_host(plan(gpu0="127.0.0.1:7100", cpu1="127.0.0.1:7200")) == "gpu0"  # the head, if it is both
     with pytest.raises(
-        UsageError, match=r"addresses: gpu0 \(198\.51\.100\.1\), cpu1 \(198\.51\.100\.2:7200\); give --host"
+        UsageError, match=r"addresses: gpu0 \(198\.51\.100\.1\), cpu1 \(198\.51\.100\.2:7200\); a host is started there"
     ):
         this_host(plan())
 
