@@ -1,8 +1,8 @@
 """What an existing engine runs: a file per engine, each one function from a plan to the texts of files.
 
-All of them start the same two things: on the head `ddrl-node -t FILE --host HEAD`, on every other host `ddrl-node --join
-tcp://HEAD:PORT --host HOST`, so that only the head is given the topology. Where an engine has names of its own for
-machines, these take the place of the addresses in `hosts:`.
+All of them start the same two things: on the head `ddrl-node -t FILE --host HEAD`, and on every other host `ddrl-node
+--join tcp://HEAD:PORT --host HOST`, so that only the head is given the topology. Where an engine has names of its own
+for machines, these take the place of the addresses in `hosts:`.
 """
 
 from __future__ import annotations

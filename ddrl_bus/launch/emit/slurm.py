@@ -28,8 +28,9 @@ hosts=({" ".join(map(shlex.quote, hosts))})
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 host=${{hosts[SLURM_PROCID]}}
 head={hosts.index(head_of(plan))}
+run=(--host "$host" --run-dir "runs/{plan.name}/$SLURM_JOB_ID-$host")
 if ((SLURM_PROCID != head)); then
-    exec {options.command} --join "tcp://${{nodes[head]}}:{plan.port}" --host "$host"
+    exec {options.command} --join "tcp://${{nodes[head]}}:{plan.port}" "${{run[@]}}"
 fi
 topology={plan.name}-$SLURM_JOB_ID.yaml
 cat >"$topology" <<'TOPOLOGY'
@@ -38,7 +39,7 @@ addresses=()
 for rank in "${{!hosts[@]}}"; do
     addresses+=("hosts.${{hosts[rank]}}=${{nodes[rank]}}")
 done
-exec {options.command} -t "$topology" --host "$host" "run_id=slurm-$SLURM_JOB_ID" "${{addresses[@]}}"
+exec {options.command} -t "$topology" "${{run[@]}}" "run_id=slurm-$SLURM_JOB_ID" "${{addresses[@]}}"
 TASK
 )
 exec srun --ntasks={len(hosts)} --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --label bash -c "$task"
