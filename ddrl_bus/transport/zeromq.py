@@ -253,7 +253,7 @@ def _numeric(address: str) -> str:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name.strip("[]"))
         return address
-    if scheme(address) != "tcp" or name == "*":
+    if scheme(address) != "tcp" or name == "*" or not port.isdigit():
         return address
     try:
         found = getaddrinfo(name, int(port), type=SOCK_STREAM)[0][4][0]

@@ -68,7 +68,8 @@ def running(
 ) -> Iterator[Run]:
     """`ddrl-node WORDS` (or `ddrl`) on that host, which keeps its run in `folder`."""
     sockets = Path(tempfile.mkdtemp(prefix=f"{host}-"))  # a path that leaves room for the names of sockets
-    argv = command(*words, "--json", "--run-dir", str(folder), name=name, prefix=cable.on(host))
+    where = () if "--resume" in words else ("--run-dir", str(folder))
+    argv = command(*words, "--json", *where, name=name, prefix=cable.on(host))
     run = Run(folder, argv, ENVIRON | {"TMPDIR": str(sockets)} | variables)
     try:
         yield run

@@ -154,13 +154,20 @@ def test_ssh_starts_the_other_host_and_shows_what_it_says(cable: Cable, ssh: Ssh
         assert ssh.processes() == []
 
 
-def test_the_first_signal_drains_both_hosts(cable: Cable, ssh: Ssh, tmp_path: Path) -> None:
+def test_the_first_signal_drains_both_hosts_and_the_run_is_resumed(cable: Cable, ssh: Ssh, tmp_path: Path) -> None:
     with head(cable, tmp_path / "gpu0", *ssh.words, *FOREVER) as run:
         run.until(lambda: run.trained() > 20, "training over ssh")
         assert len(ssh.processes()) >= 4  # a supervisor, two actors and an evaluator
         run.process.send_signal(signal.SIGINT)
         assert run.ends()["reason"] == "stop"
         assert run.books().lost == 0
+        assert ssh.processes() == []
+        before = run.trained()
+    words = ("run", "--resume", str(tmp_path / "gpu0"), *ssh.words, f"stop.steps={before * 640 + 50_000}")
+    with running(cable, "gpu0", tmp_path / "gpu0", *words, name="ddrl", **HOSTS) as run:
+        ended = run.ends()
+        assert (ended["reason"], ended["ledger"]["closed"]) == ("steps", True)
+        assert run.trained() > before
         assert ssh.processes() == []
 
 
