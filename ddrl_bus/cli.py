@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -78,6 +78,9 @@ def ddrl() -> None:
 @click.option("--resume", metavar="RUN", help="Go on with an earlier run, from its newest checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
 @click.option("--in-process", is_flag=True, help="All nodes in this process, for breakpoints.")
+@click.option("--ssh", is_flag=True, help="Start the other hosts' shares too, by ssh.")
+@click.option("--ssh-config", type=click.Path(path_type=Path, exists=True), help="Users, ports, keys: see ssh_config.")
+@click.option("--node-command", metavar="COMMAND", help="What a shell there calls ddrl-node.")
 @as_json
 @run_dir_option
 @debug
@@ -87,18 +90,25 @@ def run(
     resume: str | None,
     dry_run: bool,
     in_process: bool,
+    ssh: bool,
+    ssh_config: Path | None,
+    node_command: str | None,
     as_json: bool,
     run_dir: Path | None,
 ) -> None:
-    """Train: start every node of a topology on this machine, until it stops."""
+    """Train: start every node of a topology, of several hosts those of this machine, until it stops."""
     started = _started()
     from ddrl_bus.launch import start
+    from ddrl_bus.launch.ssh import Far
 
+    if not ssh and (ssh_config or node_command):
+        raise UsageError("--ssh-config and --node-command say how --ssh is to be done; give --ssh too")
+    far = Far(node_command or "ddrl-node", ssh_config) if ssh else None
     topology, overrides = _split(words)
     if resume is not None:
         if topology or seed is not None or run_dir or dry_run:
             raise UsageError("--resume goes on with a run as it is: no TOPO, --seed, --run-dir or --dry-run beside it")
-        _end(start.resumed_run(resume, overrides, in_process=in_process, started=started), as_json)
+        _end(start.resumed_run(resume, overrides, in_process=in_process, started=started, far=far), as_json)
     overrides += [] if seed is None else [f"seed={seed}"]
     topology = topology or "quickstart"
     plan = start.plan_of(topology, overrides, in_process=in_process, fresh=not dry_run)
@@ -107,7 +117,7 @@ def run(
 
         click.echo(show.text(plan), nl=False)
         return
-    _end(start.new_run(plan, [topology, *overrides], path=run_dir, started=started), as_json)
+    _end(start.new_run(plan, [topology, *overrides], path=run_dir, started=started, far=far), as_json)
 
 
 @ddrl.command()
@@ -134,6 +144,31 @@ def show(words: Sequence[str], mermaid: bool) -> None:
     topology, overrides = _split(words)
     plan = plan_of(_required(topology), overrides, probe=False, starts=False)
     click.echo(show.mermaid(plan) if mermaid else show.text(plan), nl=False)
+
+
+@ddrl.command()
+@click.argument("engine", type=click.Choice(["slurm", "k8s", "compose", "systemd", "tmux"]))
+@words_argument
+@click.option("--node-command", metavar="COMMAND", default="ddrl-node", help="How ddrl-node is called there.")
+@click.option("--image", default="ddrl-bus", help="Of containers.", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="Write files into this folder.")
+@debug
+def emit(engine: str, words: Sequence[str], node_command: str, image: str, output: Path | None) -> None:
+    """Print what an engine that you have runs: a host of the topology on each of its nodes."""
+    from ddrl_bus.launch.emit import ENGINES, Options
+    from ddrl_bus.launch.start import plan_of
+
+    topology, overrides = _split(words)
+    plan = plan_of(_required(topology), overrides, probe=False)
+    files = ENGINES[engine](plan, Options(node_command, image))
+    if output is None:
+        for name, text in files.items():
+            click.echo(f"# ── {name}\n{text}" if len(files) > 1 else text, nl=False)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (output / name).write_text(text, encoding="utf-8")
+        click.echo(output / name)
 
 
 @ddrl.command()
@@ -403,25 +438,45 @@ def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator
 
 @click.command("ddrl-node", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("-t", "--topology", required=True, metavar="TOPO", help="The same file and KEY=VALUEs on every host.")
+@click.option("-t", "--topology", metavar="TOPO", help="The same file and KEY=VALUEs on every host.")
+@click.option("--join", metavar="tcp://HEAD:PORT", help="Instead of a file: the head of the run sends the topology.")
 @click.option("--name", help="Run this node or index of a bundle, in this process.")
 @click.option("--host", help="Run all nodes of this host.")
+@click.option("--leash", is_flag=True, help="Drain when stdin ends: how ssh takes it along.")
 @as_json
 @run_dir_option
 @click.version_option(__version__, prog_name="ddrl-node")
 @debug
 def ddrl_node(
-    overrides: Sequence[str], topology: str, name: str | None, host: str | None, as_json: bool, run_dir: Path | None
+    overrides: Sequence[str],
+    topology: str | None,
+    join: str | None,
+    name: str | None,
+    host: str | None,
+    leash: bool,
+    as_json: bool,
+    run_dir: Path | None,
 ) -> None:
     """Run one node of a topology (of a bundle: one process, as in worker-0), or one host's share. In any order.
 
     A node that somebody restarts (systemd, Kubernetes) needs --run-dir: its lives are counted there.
     """
     started = _started()
-    from ddrl_bus.launch import start
+    from ddrl_bus.launch import ssh, start
 
+    if (topology is None) == (join is None):
+        raise UsageError("give either -t TOPO or --join tcp://HEAD:PORT")
     if (name is None) == (host is None):
         raise UsageError("give either --name NODE or --host HOST")
+    if join is not None and overrides:
+        raise UsageError(f"{overrides[0]}: the head's topology holds for all; change it there")
+    if leash:
+        ssh.leash()
+    if join is not None and name is not None:
+        sys.exit(start.joined_process(join, name, path=run_dir, started=started))
+    if join is not None and host is not None:
+        _end(start.joined_share(join, host, path=run_dir, started=started), as_json)
+    assert topology is not None
     plan = start.plan_of(topology, overrides)
     if name is not None:
         sys.exit(start.one_process(plan, name, path=run_dir, started=started))
@@ -447,7 +502,7 @@ def _required(topology: str | None) -> str:
     return topology
 
 
-def _end(ended: Ended, as_json: bool) -> None:
+def _end(ended: Ended, as_json: bool) -> NoReturn:
     """Print how a run ended, and leave with its exit code."""
     if ended.closing is not None and as_json:
         click.echo(json.dumps(ended.closing))

@@ -10,6 +10,7 @@ DdrlError                    70  something inside went wrong
 │   └── LostReplicaError     69  a replica of a learner did not come to what all do together
 ├── DivergedError        70  replicas that must be equal are not
 ├── RemoteError              70  a server refused a request or failed over it; carries its words
+│   └── VersionError         64  it speaks another major version of the protocol
 ├── LinkClosedError          70  a link end was used after it closed, or closed under a waiter
 ├── WireError                70  bytes that are not one of our messages; carries the counted reason
 ├── FencedError              75  a newer life of this node has taken over
@@ -82,6 +83,10 @@ class DivergedError(DdrlError):
 
 class RemoteError(DdrlError):
     pass
+
+
+class VersionError(RemoteError):
+    exit_code = UsageError.exit_code
 
 
 class LinkClosedError(DdrlError):

@@ -234,6 +234,33 @@ class Control:
     """Learners that train as one, where there are several."""
 
 
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Somebody on another host asks the controller for the topology, to run the share of `host`, or one process."""
+
+    KIND: ClassVar[str] = "join"
+    versions: dict[str, str | None]
+    """Of that installation."""
+    host: str = ""
+    """As the topology names it."""
+    process: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The answer to `Join`; the array `topology` [bytes] uint8 is the locked topology."""
+
+    KIND: ClassVar[str] = "joined"
+    digest: str
+    """SHA-256 of the topology, in hex."""
+    versions: dict[str, str | None]
+    """Of the controller's installation."""
+    lives: dict[str, int]
+    """Node that is asked for → epoch of its newest life, if there was one."""
+    present: list[str]
+    """Nodes that are asked for and are there already."""
+
+
 STATUS: str = "status"
 """Request to the controller: answers with `StatusReply`."""
 STOP: str = "stop"
@@ -243,7 +270,21 @@ PULL: str = "pull"
 """Request to the parameter server: answers with `Parameters`, verdict `pulled`."""
 
 M = TypeVar(
-    "M", Trajectory, Weights, Act, Actions, Gradient, Parameters, Sample, Sampled, Vote, Tally, Progress, Control
+    "M",
+    Trajectory,
+    Weights,
+    Act,
+    Actions,
+    Gradient,
+    Parameters,
+    Sample,
+    Sampled,
+    Vote,
+    Tally,
+    Progress,
+    Control,
+    Join,
+    Joined,
 )
 
 
@@ -264,7 +305,9 @@ def fields_of(
     | Vote
     | Tally
     | Progress
-    | Control,
+    | Control
+    | Join
+    | Joined,
 ) -> dict[str, Any]:
     """The map of scalars that travels for `message`."""
     if isinstance(message, Progress | Control):  # they hold dataclasses; these are seldom sent

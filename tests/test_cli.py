@@ -79,6 +79,8 @@ def test_every_command_has_help(name: str) -> None:
         (["run", "quickstart", "algo.lrr=1"], 64, "override 'algo.lrr=1': algo.lrr: unknown key"),
         (["run", "quickstart", "env.id=CartPoel-v1"], 65, "did you mean 'CartPole-v1'?"),
         (["run", "two-hosts"], 64, "topologies/two-hosts.yaml:6:9: hosts.gpu0: ${GPU0} is not set"),
+        (["run", "quickstart", "--ssh"], 64, "quickstart has one host only; --ssh is for starting others"),
+        (["run", "quickstart", "--node-command", "x"], 64, "say how --ssh is to be done; give --ssh too"),
         (["run", "--resume", "x", "--seed", "1"], 64, "--resume goes on with a run as it is"),
         (["run", "--resume", "x"], 64, "no run 'x'"),
         (["check"], 64, "which topology?"),
@@ -106,7 +108,11 @@ def test_debug_shows_where_an_error_comes_from() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "'-t' / '--topology'"),
+        ([], "give either -t TOPO or --join tcp://HEAD:PORT"),
+        (["-t", "quickstart", "--join", "10.0.0.1", "--host", "a"], "give either -t TOPO or --join"),
+        (["--join", "10.0.0.1"], "either --name NODE or --host HOST"),
+        (["--join", "10.0.0.1", "--host", "a", "seed=2"], "seed=2: the head's topology holds for all"),
+        (["--join", "tcp://*:7077", "--host", "a"], "expected the head's address, such as tcp://10.0.0.1:7077"),
         (["-t", "quickstart"], "either --name NODE or --host HOST"),
         (["-t", "quickstart", "--name", "actor-9"], "no node 'actor-9'; have actor-0, actor-1"),
         (["-t", "quickstart", "--host", "gpu7"], "no node on host 'gpu7'; hosts: local"),
@@ -120,14 +126,20 @@ def test_ddrl_node_refuses_in_words(arguments: list[str], words: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_run_over_several_hosts_says_what_to_do() -> None:
-    hosts = ["hosts={a: 127.0.0.1, b: 127.0.0.2}", "nodes.actor.host=b"]
+def test_a_run_over_hosts_that_are_all_elsewhere() -> None:
+    hosts = ["hosts={a: 198.51.100.1, b: 198.51.100.2}", "nodes.actor.host=b", "insecure=true"]
     result = ddrl("run", "quickstart", *hosts)
 
     assert result.returncode == 64
-    words = "'hosts={a: 127.0.0.1, b: 127.0.0.2}' nodes.actor.host=b"
-    assert f"ddrl-node -t quickstart {words} --host a\n" in result.stderr
-    assert f"ddrl-node -t quickstart {words} --host b\n" in result.stderr
+    assert "this machine has none of its hosts' addresses: a (198.51.100.1), b (198.51.100.2)" in result.stderr
+
+
+def test_ssh_is_for_the_head() -> None:
+    hosts = ["hosts={a: 198.51.100.1, b: 127.0.0.1}", "nodes.actor.host=b", "insecure=true"]
+    result = ddrl("run", "quickstart", "--ssh", *hosts)
+
+    assert result.returncode == 64
+    assert "this machine is b; start with --ssh on the head, a" in result.stderr
 
 
 def test_check_show_schema_and_dry_run() -> None:
@@ -183,8 +195,8 @@ class Run:
 
     def ended(self, code: int = 0) -> dict[str, Any]:
         """The closing object; nobody is left."""
-        out, err = self.process.communicate(timeout=60)
-        assert self.process.returncode == code, err
+        out, self.said = self.process.communicate(timeout=60)
+        assert self.process.returncode == code, self.said
         self.nobody_is_left()
         closing: dict[str, Any] = json.loads(out)
         return closing
@@ -332,10 +344,12 @@ def test_in_process_failure() -> None:
     assert "the simulator lost its licence" in result.stderr
 
 
+HOSTS = ["hosts={gpu0: 127.0.0.1:17077, cpu1: 127.0.0.1:17177}", "nodes.actor.host=cpu1", "nodes.learner.host=gpu0"]
+
+
 def test_two_hosts_on_one_machine() -> None:
     """The actors' host first, then the learner's, which has the controller and says how it ended."""
-    hosts = ["hosts={gpu0: 127.0.0.1:17077, cpu1: 127.0.0.1:17177}", "nodes.actor.host=cpu1", "nodes.learner.host=gpu0"]
-    share = ["-t", "quickstart", *SMALL, *hosts, "stop.steps=20_000", "stop.reward=null", "--json"]
+    share = ["-t", "quickstart", *SMALL, *HOSTS, "stop.steps=20_000", "stop.reward=null", "--json"]
     with (
         running(*share, "--host", "cpu1", "--run-dir", "cpu1", name="ddrl_node") as actors,
         running(*share, "--host", "gpu0", "--run-dir", "gpu0", name="ddrl_node") as learner,
@@ -350,3 +364,21 @@ def test_two_hosts_on_one_machine() -> None:
     assert closing["ledger"]["closed"] is True
     assert closing["ledger"]["lost"] == 0
     assert {name for name, _, _ in actors.lives()} == {"actor-0", "actor-1"}
+
+
+def test_the_line_that_the_head_prints_starts_the_other_host() -> None:
+    """`ddrl run` is the head, for it has the head's address; the other one needs no file."""
+    steps = ["stop.steps=20_000", "stop.reward=null"]
+    with (
+        running("run", *SMALL, *HOSTS, *steps, "--json", "--run-dir", "gpu0") as learner,
+        running("--join", "127.0.0.1:17077", "--host", "cpu1", "--run-dir", "cpu1", name="ddrl_node") as actors,
+    ):
+        actors.folder, learner.folder = Path("cpu1"), Path("gpu0")
+        closing = learner.ended()
+        out, err = actors.process.communicate(timeout=60)
+
+    assert (actors.process.returncode, out) == (0, ""), err
+    assert "on cpu1:  ddrl-node --join tcp://127.0.0.1:17077 --host cpu1\n" in learner.said
+    assert (closing["reason"], closing["ledger"]["closed"]) == ("steps", True)
+    assert {name for name, _, _ in actors.lives()} == {"actor-0", "actor-1"}
+    assert Path("cpu1/topology.lock.yaml").read_text() == Path("gpu0/topology.lock.yaml").read_text()

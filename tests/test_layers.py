@@ -25,10 +25,11 @@ BELOW_NODES = {
     "algos",
     "envs",
 }
-BELOW_NODES |= {"rate_limiter", "replay_buffer"}
+BELOW_NODES |= {"rate_limiter", "replay_buffer", "versions"}
 ROOMS = {
     "errors": set(),
     "keys": {"errors"},
+    "versions": set(),
     "topology": {"errors", "rate_limiter"},
     "transport": {"errors", "keys"},
     "messages": {"errors", "transport"},
@@ -48,6 +49,7 @@ ROOMS = {
 LIBRARIES = {
     "errors": set(),
     "keys": {"zmq"},
+    "versions": set(),
     "topology": {"pydantic", "pydantic_core", "ruamel"},
     "transport": {"zmq", "msgpack", "numpy", "lz4"},
     "messages": {"pydantic"},

@@ -28,10 +28,11 @@ def catalog(*, probe: bool = False, starts: bool = True) -> Catalog:
         name: AlgorithmEntry(cls.Config, cls.wiring, cls.passes is Algorithm.passes, cls.windows)
         for name, cls in REGISTRY.items()
     }
-    return Catalog(entries, _probe if probe else None, keys.kinds if starts else lambda host: keys.ANY)
+    return Catalog(entries, probe_env if probe else None, keys.kinds if starts else lambda host: keys.ANY)
 
 
-def _probe(env: EnvSettings) -> None:
+def probe_env(env: EnvSettings) -> None:
+    """Raises: EnvError, where the environment cannot be made on this host."""
     from ddrl_bus import envs  # gymnasium takes a quarter of a second
 
     envs.describe(envs.EnvConfig(**env.model_dump()))

@@ -9,6 +9,8 @@ left by itself although the run goes on is started again after the grace time.
     SIGINT, SIGTERM, SIGHUP    the controller is asked to drain everybody, then as above; where none answers: SIGTERM
     the same a second time     SIGKILL
     a node cannot go on        SIGTERM, after `grace` SIGKILL
+    the controller elsewhere   has finished or is gone when a node leaves: as if it had finished here; silent for
+                               HEAD_LOST_S: SIGTERM
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Final
 from ddrl_bus.errors import EnvError, FencedError, RemoteError, SecurityError, UnreachableError, UsageError
 from ddrl_bus.launch import closing, logs, remote, run_dir
 from ddrl_bus.launch.display import Display
+from ddrl_bus.launch.hosts import Missing, head_of
 from ddrl_bus.launch.node import INTERNAL
 from ddrl_bus.topology import NodePlan, Plan
 
@@ -39,6 +42,9 @@ NOT_RETRIED: Final = frozenset(e.exit_code for e in (UsageError, EnvError, Fence
 STAGGER_S: Final = 0.4  # between kinds: all at once they would slow down the one that everybody waits for
 TERM_S: Final = 3.0
 STATUS_S: Final = 1.0
+FAR_STATUS_S: Final = 5.0
+HEAD_LOST_S: Final = 600.0
+"""A share without the controller ends when that has not answered for so long, once it had."""
 START_ORDER: Final[Sequence[str]] = (  # the slowest to start first
     "param_server",
     "learner",
@@ -48,6 +54,8 @@ START_ORDER: Final[Sequence[str]] = (  # the slowest to start first
     "controller",
     "evaluator",
 )
+SSH_FAILED: Final = 255
+"""How ssh ends where there is no connection, or a signal ended what it started; our own processes never end so."""
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TAIL_BYTES: Final = 8192
 
@@ -60,15 +68,19 @@ class Failure:
     code: int
     """As of `subprocess`: negative for a signal."""
     traceback: str
-    log: Path
+    log: Path | None
+    """None of another host's share: its nodes' logs are there."""
     at: float
 
     @property
     def exit_code(self) -> int:
+        if self.code == SSH_FAILED:
+            return UnreachableError.exit_code
         return self.code if self.code > 0 else INTERNAL
 
     def __str__(self) -> str:
-        return f"{self.process} on {platform.node()} {how(self.code)}; its log is {self.log}\n{self.traceback}".rstrip()
+        log = f"; its log is {self.log}" if self.log else ""
+        return f"{self.process} on {platform.node()} {how(self.code)}{log}\n{self.traceback}".rstrip()
 
 
 def how(code: int) -> str:
@@ -79,10 +91,23 @@ class Supervisor:
     """Runs the nodes of one host.
 
     After `run`, `failure` is why the run was given up, if it was, and `restarts` counts the lives beyond each first.
+
+    Args:
+        lines: other host → what to type there.
+        remotes: name → command of a process that runs another host's share, until its stdin ends (`launch/ssh.py`).
     """
 
-    def __init__(self, plan: Plan, host: str, folder: Path, display: Display) -> None:
-        self.failure: Failure | None = None
+    def __init__(
+        self,
+        plan: Plan,
+        host: str,
+        folder: Path,
+        display: Display,
+        *,
+        lines: Mapping[str, str] | None = None,
+        remotes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.failure: Failure | UnreachableError | None = None
         self.restarts = 0
         self._plan = plan
         self._folder = folder
@@ -90,6 +115,9 @@ class Supervisor:
         self._plans: Mapping[str, Sequence[NodePlan]] = {
             node.process: plan.process(node.process) for node in plan.on_host(host)
         }
+        self._host = host
+        self._is_head = head_of(plan) == host
+        self._lines, self._remotes = lines or {}, remotes or {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._left: set[str] = set()
         self._ending = asyncio.Event()
@@ -104,7 +132,7 @@ class Supervisor:
         with self._signals():
             async with asyncio.TaskGroup() as tasks:
                 watch = tasks.create_task(self._watch(), name="watch")
-                ranks = _ranks(self._plans)
+                ranks = dict.fromkeys(self._remotes, 0) | _ranks(self._plans)
                 keepers = [tasks.create_task(self._keep(name, STAGGER_S * ranks[name]), name=name) for name in ranks]
                 await self._ending.wait()
                 await self._end(keepers)
@@ -144,13 +172,24 @@ class Supervisor:
     async def _is_over(self, name: str) -> bool:
         """Whether the run ends too, now that a process drained."""
         self._left.add(name)
-        (node, *_) = self._plans[name]
-        finished = node.kind == "controller" and (self._folder / closing.RESULT).exists()
-        if finished or len(self._left) == len(self._plans):
+        nodes = self._plans.get(name, ())
+        finished = any(node.kind == "controller" for node in nodes) and (self._folder / closing.RESULT).exists()
+        if finished or self._left >= self._plans.keys() or await self._head_ended():
             self._ending.set()
         over = await self._ends_within(self._plan.grace)
         self._left.discard(name)
         return over
+
+    async def _head_ended(self) -> bool:
+        """Whether a run whose controller is elsewhere is over: one that is not there any more told nodes to leave."""
+        if self._is_head:
+            return False
+        try:
+            with remote.controller(run_dir.status_address(self._plan, self._host)) as controller:
+                status = await controller.status()
+        except (UnreachableError, RemoteError):
+            return True
+        return bool(status["phase"] == "drain")
 
     async def _ends_within(self, seconds: float) -> bool:
         try:
@@ -162,12 +201,13 @@ class Supervisor:
 
     async def _live(self, name: str) -> Failure | None:
         """One life of a process, from its start to its end."""
-        paths = [logs.path_of(self._folder, node.name) for node in self._plans[name]]
+        paths = [logs.path_of(self._folder, node.name) for node in self._plans.get(name, ())]
         began = {log: log.stat().st_size if log.exists() else 0 for log in paths}
-        with _Talk(self._display) as talk:
+        far = name in self._remotes
+        with _Talk(self._display, f"{name} | " if far else "") as talk:
             process = await asyncio.create_subprocess_exec(
-                *self._command(name),
-                stdin=asyncio.subprocess.DEVNULL,
+                *(self._remotes[name] if far else self._command(name)),
+                stdin=asyncio.subprocess.PIPE if far else asyncio.subprocess.DEVNULL,
                 stdout=talk.ear,
                 stderr=talk.ear,
                 # numpy's threads wait for each other by spinning: on shared cores a product may take 20 times as long.
@@ -185,7 +225,7 @@ class Supervisor:
         if code == 0:
             return None
         told = {log: said for log in paths if (said := logs.last_exception(log, began[log]))}
-        log, said = next(iter(told.items()), (paths[0], talk.tail))
+        log, said = next(iter(told.items()), (paths[0] if paths else None, talk.tail))
         return Failure(name, code, said, log, time.monotonic())
 
     def _command(self, name: str) -> Sequence[str]:
@@ -218,9 +258,13 @@ class Supervisor:
         return True
 
     def _signal_all(self, number: signal.Signals) -> None:
+        """A remote share drains when its stdin ends, and says how; its ssh is killed only with all the others."""
         for process in list(self._processes.values()):
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+            if process.stdin is not None:
+                process.stdin.close()
+            if process.stdin is None or number == signal.SIGKILL:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(number)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -245,14 +289,26 @@ class Supervisor:
     # ── meanwhile ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _watch(self) -> None:
-        """Show how the run goes, as long as it does."""
-        if not self.has_controller:
-            return
-        with remote.controller(run_dir.status_address(self._plan)) as controller:
+        """Show how the run goes, as long as it does, and which hosts it waits for."""
+        loop = asyncio.get_running_loop()
+        missing = Missing(self._plan, self._host, self._lines, loop.time())
+        heard: float | None = None
+        with remote.controller(run_dir.status_address(self._plan, self._host)) as controller:
             while True:
+                status = None
                 with contextlib.suppress(UnreachableError, RemoteError):  # starting, or on its way back
-                    self._display.show(await controller.status())
-                await asyncio.sleep(STATUS_S)
+                    status = await controller.status()
+                if status is not None:
+                    heard = loop.time()
+                    if self.has_controller:
+                        self._display.show(status)
+                elif not self._is_head and heard is not None and loop.time() - heard > HEAD_LOST_S:
+                    self.failure = UnreachableError(f"the head has not answered for {HEAD_LOST_S:.0f} s")
+                    self._ending.set()
+                    return
+                for note in missing.notes(status, loop.time()):
+                    self._display.note(note)
+                await asyncio.sleep(STATUS_S if self._is_head else FAR_STATUS_S)
 
 
 def _ranks(plans: Mapping[str, Sequence[NodePlan]]) -> dict[str, int]:
@@ -269,9 +325,10 @@ class _Talk:
     Not asyncio's pipes: with those, a process is over only when nobody holds its output open any more.
     """
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, prefix: str = "") -> None:
         self.tail = ""
         self._display = display
+        self._prefix = prefix
         self._mouth, self.ear = os.pipe()
         os.set_blocking(self._mouth, False)
         self._rest = b""
@@ -304,4 +361,4 @@ class _Talk:
         text = words.decode(errors="replace")
         if text.strip():
             self.tail = f"{self.tail}\n{text}"[-TAIL_BYTES:].lstrip("\n")
-            self._display.note(text)
+            self._display.note("\n".join(f"{self._prefix}{line}" for line in text.split("\n")))

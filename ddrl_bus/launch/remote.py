@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Client
 from ddrl_bus.transport.memory import MemoryHub
+from ddrl_bus.transport.wire import Message
 
 ANSWER_S: Final = 2.0
 
@@ -30,15 +31,19 @@ class Controller:
     def __init__(self, client: Client) -> None:
         self._client = client
 
+    async def ask(self, kind: str, fields: Mapping[str, Any] | None = None, timeout_s: float = ANSWER_S) -> Message:
+        """Raises: UnreachableError, RemoteError."""
+        return await self._client.request(kind, fields, timeout_s=timeout_s)
+
     async def status(self, timeout_s: float = ANSWER_S) -> Status:
         """Raises: UnreachableError, RemoteError."""
-        answer = await self._client.request(STATUS, timeout_s=timeout_s)
+        answer = await self.ask(STATUS, timeout_s=timeout_s)
         status: Status = json.loads(bytes(answer.arrays["json"]))
         return status
 
     async def stop(self, timeout_s: float = ANSWER_S) -> None:
         """Ask it to drain everybody; returns once it has heard.  Raises: UnreachableError, RemoteError."""
-        await self._client.request(STOP, timeout_s=timeout_s)
+        await self.ask(STOP, timeout_s=timeout_s)
 
 
 @contextmanager

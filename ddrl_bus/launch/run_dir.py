@@ -3,7 +3,7 @@
 runs/<name>/<UTC time>-s<seed>/
     topology.lock.yaml    the expanded topology; every node reads it
     meta.json             command, versions, hosts, times; where `ddrl status` asks
-    lives                 one line per start of a node: name, epoch, pid, time
+    lives                 one line per start of a node: name, epoch, pid (0 on another host or before), time
     metrics.jsonl         written by the controller
     result.json           written by the controller when the run is over
     closing.json          what `ddrl run --json` printed
@@ -17,7 +17,6 @@ runs/<name>/latest        the newest of them
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
@@ -26,7 +25,7 @@ import shutil
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -34,18 +33,21 @@ from typing import Any, Final
 import ddrl_bus
 from ddrl_bus.errors import SecurityError, UsageError
 from ddrl_bus.topology import Plan
+from ddrl_bus.versions import versions
 
 ROOT: Final = Path("runs")
 LOCK_FILE: Final = "topology.lock.yaml"
 CHECKPOINTS: Final = "checkpoints"
-_PACKAGES: Final = ("torch", "gymnasium", "numpy", "pyzmq")
 
 
-def create(plan: Plan, *, path: Path | None = None, command: Sequence[str], started: float) -> Path:
+def create(
+    plan: Plan, *, path: Path | None = None, command: Sequence[str], started: float, host: str | None = None
+) -> Path:
     """A run directory for `plan`: a new one under `runs/`, or `path`, which may exist and then goes on.
 
     Args:
         started: seconds since 1970 at which the user gave the command.
+        host: whose share of the run it is for; default: the controller's.
     Raises:
         UsageError: it cannot be made here, or `path` holds another run.
     """
@@ -55,7 +57,7 @@ def create(plan: Plan, *, path: Path | None = None, command: Sequence[str], star
         write_lock(run_dir, plan)
         for folder in ("logs", "ledger", CHECKPOINTS):
             (run_dir / folder).mkdir(exist_ok=True)
-        write_meta(run_dir, plan, command, started)
+        write_meta(run_dir, plan, command, started, host)
     except OSError as error:
         raise UsageError(f"cannot make a run directory: {error}") from error
     return run_dir
@@ -90,7 +92,7 @@ def write_lock(run_dir: Path, plan: Plan) -> None:
     write(run_dir / LOCK_FILE, plan.lock())
 
 
-def write_meta(run_dir: Path, plan: Plan, command: Sequence[str], started: float) -> None:
+def write_meta(run_dir: Path, plan: Plan, command: Sequence[str], started: float, host: str | None = None) -> None:
     """Describe this start of the run; what was said of earlier ones is kept under `before`."""
     earlier = meta(run_dir)
     before = [*earlier.pop("before", []), earlier] if earlier else []
@@ -103,9 +105,9 @@ def write_meta(run_dir: Path, plan: Plan, command: Sequence[str], started: float
         "name": plan.name,
         "run_id": plan.run_id,
         "seed": plan.seed,
-        "status_address": status_address(plan),
+        "status_address": status_address(plan, host),
         "git": _git_sha(),
-        "versions": {"ddrl_bus": ddrl_bus.__version__, "python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "before": before,
     }
     write(run_dir / "meta.json", json.dumps(record, indent=2) + "\n")
@@ -116,20 +118,11 @@ def meta(run_dir: Path) -> dict[str, Any]:
     return read_json(run_dir / "meta.json") or {}
 
 
-def status_address(plan: Plan) -> str:
-    """Where the controller answers people on its own host."""
-    controller = next(node.name for node in plan.nodes.values() if node.kind == "controller")
-    return plan.binds[controller, "progress"].addresses[0]
-
-
-def _versions() -> dict[str, str | None]:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {package: version(package) for package in _PACKAGES}
+def status_address(plan: Plan, host: str | None = None) -> str:
+    """Where the controller answers people on this host; default: on its own."""
+    controller = plan.controller
+    bind = plan.binds[controller.name, "progress"]
+    return bind.far if bind.far and host not in (None, controller.host) else bind.addresses[0]
 
 
 def _git_sha() -> str | None:
@@ -178,10 +171,18 @@ def next_epoch(run_dir: Path, node: str) -> int:
     with (run_dir / "lives").open("a+") as lives:
         fcntl.flock(lives, fcntl.LOCK_EX)
         lives.seek(0)
-        starts = 1 + sum(line.split(" ", 1)[0] == node for line in lives)
+        earlier = (line.split()[1] for line in lives if line.split(" ", 1)[0] == node)
+        starts = 1 + max((int(epoch, 16) >> 32 for epoch in earlier), default=0)
         epoch = starts << 32 | secrets.randbits(32)
         lives.write(f"{node} {epoch:016x} {os.getpid()} {time.time():.3f}\n")
     return epoch
+
+
+def outlive(run_dir: Path, epochs: Mapping[str, int]) -> None:
+    """Let the next lives of these nodes come after these ones, which were not counted here."""
+    with (run_dir / "lives").open("a") as lives:
+        fcntl.flock(lives, fcntl.LOCK_EX)
+        lives.writelines(f"{node} {epoch:016x} 0 {time.time():.3f}\n" for node, epoch in epochs.items())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import secrets
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,12 @@ from ddrl_bus.errors import DdrlError, SecurityError, UsageError
 from ddrl_bus.launch import closing, run_dir
 from ddrl_bus.launch.catalog import catalog, find_topology, load_lock
 from ddrl_bus.launch.display import display
+from ddrl_bus.launch.hosts import command_of, head_of, hosts_of, this_host
+from ddrl_bus.launch.ssh import Far
+from ddrl_bus.messages import Join
 from ddrl_bus.topology import Plan, load
 from ddrl_bus.topology.exposure import needs_key
+from ddrl_bus.versions import versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,50 +55,69 @@ def plan_of(
     return load(find_topology(topology), overrides=overrides, catalog=known, in_process=in_process, run_id=run_id)
 
 
-def new_run(plan: Plan, words: Sequence[str], *, path: Path | None = None, started: float) -> Ended:
-    """Run all of `plan` on this machine, in a new run directory.
+def new_run(
+    plan: Plan, words: Sequence[str], *, path: Path | None = None, started: float, far: Far | None = None
+) -> Ended:
+    """Run `plan` in a new run directory: all of it, or of several hosts the share of the one that this machine is.
 
     Args:
         words: the topology and overrides that the user gave.
+        far: starts the other hosts' shares from here.
     Raises:
-        UsageError: it has nodes on several hosts; says what to do on each.
+        UsageError: this machine is none of its hosts, or for `far` not the right one.
     """
-    if len(hosts := _hosts(plan)) > 1:
-        lines = "".join(f"\n    {_host_command(words, host)}" for host in hosts)
-        raise UsageError(f"{plan.name} has nodes on {len(hosts)} hosts; start each one's share there:{lines}")
-    return _run(plan, run_dir.create(plan, path=path, command=sys.argv, started=started), started)
+    if far is None and (plan.in_process or len(hosts_of(plan)) == 1):
+        return _run(plan, run_dir.create(plan, path=path, command=sys.argv, started=started), started)
+    plan = plan_of(words[0], words[1:], probe=False)  # with the run id that every host gives it
+    host = this_host(plan)
+    remotes = far.remotes(plan, host) if far else None
+    return host_share(plan, host, words, remotes=remotes, path=path, started=started)
 
 
-def _hosts(plan: Plan) -> list[str]:
-    return [host for host in plan.hosts if plan.on_host(host)]
+def resumed_run(
+    run: str, overrides: Sequence[str] = (), *, in_process: bool = False, started: float, far: Far | None = None
+) -> Ended:
+    """Go on with an earlier run in its own directory: same run id, new lives, from the newest checkpoint. Of several
+    hosts only the head has it; the others join.
 
-
-def _host_command(words: Sequence[str], host: str) -> str:
-    return shlex.join(["ddrl-node", "-t", *words, "--host", host])
-
-
-def resumed_run(run: str, overrides: Sequence[str] = (), *, in_process: bool = False, started: float) -> Ended:
-    """Go on with an earlier run in its own directory: same run id, new lives, from the newest checkpoint."""
+    Raises:
+        UsageError: this machine is not the head.
+    """
     folder = run_dir.find(run)
     plan = load_lock(folder, overrides=overrides, in_process=in_process)
-    if len(_hosts(plan)) > 1:
-        raise UsageError(f"{folder} ran on several hosts; go on with `ddrl-node --run-dir` on each of them")
-    with run_dir.held(folder, _hosts(plan)[0]):  # of a run that goes on, nothing may be written over
+    if far is not None or (len(hosts_of(plan)) > 1 and not in_process):
+        if (host := this_host(plan)) != head_of(plan):
+            raise UsageError(f"{folder}: a run is resumed on its head, {head_of(plan)}; this machine is {host}")
+        with run_dir.held(folder, host):
+            pass
+        remotes = far.remotes(plan, host) if far else None
+        lock = [str(folder / run_dir.LOCK_FILE), *overrides]
+        return host_share(plan, host, lock, remotes=remotes, path=folder, started=started)
+    with run_dir.held(folder, hosts_of(plan)[0]):  # of a run that goes on, nothing may be written over
         run_dir.create(plan, path=folder, command=sys.argv, started=started)
     return _run(plan, folder, started)
 
 
 def _run(plan: Plan, folder: Path, started: float) -> Ended:
-    return (
-        _in_process(plan, folder, started) if plan.in_process else _supervised(plan, _hosts(plan)[0], folder, started)
-    )
+    if plan.in_process:
+        return _in_process(plan, folder, started)
+    return _supervised(plan, hosts_of(plan)[0], folder, started)
 
 
-def host_share(plan: Plan, host: str, words: Sequence[str], *, path: Path | None = None, started: float) -> Ended:
+def host_share(
+    plan: Plan,
+    host: str,
+    words: Sequence[str] = (),
+    *,
+    remotes: Mapping[str, Sequence[str]] | None = None,
+    path: Path | None = None,
+    started: float,
+) -> Ended:
     """Run the nodes of one host.
 
     Args:
         words: the topology and overrides that the user gave.
+        remotes: name → command of what runs other hosts' shares from here.
     Raises:
         UsageError: the plan has no such host, or no node on it.
         SecurityError: the host needs a key that is not here.
@@ -102,9 +125,34 @@ def host_share(plan: Plan, host: str, words: Sequence[str], *, path: Path | None
     if not plan.on_host(host):
         raise UsageError(f"{plan.name}: no node on host {host!r}; hosts: {', '.join(plan.hosts)}")
     _check_key(plan, host)
-    folder = run_dir.create(plan, path=path, command=sys.argv, started=started)
-    notes = [f"on {other}:  {_host_command(words, other)}" for other in _hosts(plan) if other != host]
-    return _supervised(plan, host, folder, started, notes)
+    folder = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
+    lines = {other: command_of(plan, other, words) for other in hosts_of(plan) if other != host}
+    return _supervised(plan, host, folder, started, {} if remotes else lines, remotes)
+
+
+def joined_share(address: str, host: str, *, path: Path | None = None, started: float) -> Ended:
+    """Run the nodes of one host of the run whose head is at `address`."""
+    plan, folder = _joined(address, Join(versions(), host=host), path, started)
+    return _supervised(plan, host, folder, started)
+
+
+def joined_process(address: str, name: str, *, path: Path | None = None, started: float) -> int:
+    """Run one process of the run whose head is at `address`; its exit code."""
+    plan, folder = _joined(address, Join(versions(), process=name), path, started)
+    return _alone(plan, name, folder)
+
+
+def _joined(address: str, wanted: Join, path: Path | None, started: float) -> tuple[Plan, Path]:
+    from ddrl_bus.launch import join
+
+    joined = asyncio.run(join.join(join.address_of(address), wanted, _say))
+    folder = run_dir.create(joined.plan, path=path, command=sys.argv, started=started, host=joined.host)
+    run_dir.outlive(folder, joined.lives)
+    return joined.plan, folder
+
+
+def _say(note: str) -> None:
+    print(note, file=sys.stderr, flush=True)
 
 
 def one_process(plan: Plan, name: str, *, path: Path | None = None, started: float) -> int:
@@ -115,10 +163,14 @@ def one_process(plan: Plan, name: str, *, path: Path | None = None, started: flo
         UsageError: the plan has no such process.
         SecurityError: its host needs a key that is not here.
     """
+    (host,) = {node.host for node in plan.process(name)}
+    return _alone(plan, name, run_dir.create(plan, path=path, command=sys.argv, started=started, host=host))
+
+
+def _alone(plan: Plan, name: str, folder: Path) -> int:
     from ddrl_bus.launch import node
 
     _check_key(plan, plan.process(name)[0].host)
-    folder = run_dir.create(plan, path=path, command=sys.argv, started=started)
     run_dir.make_private(plan.ipc_dir)
     return node.run(plan, name, folder)
 
@@ -152,15 +204,23 @@ def evaluated(run: str | None, episodes: int, seed: int) -> dict[str, Any]:
 # ── the two ways to run ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _supervised(plan: Plan, host: str, folder: Path, started: float, notes: Sequence[str] = ()) -> Ended:
+def _supervised(
+    plan: Plan,
+    host: str,
+    folder: Path,
+    started: float,
+    lines: Mapping[str, str] | None = None,
+    remotes: Mapping[str, Sequence[str]] | None = None,
+) -> Ended:
+    """Args: `lines` and `remotes` are as of the supervisor."""
     from ddrl_bus.launch.local import Supervisor
 
     with run_dir.held(folder, host), run_dir.sockets(plan):
         _forget_the_end(folder)
         with display() as shown:
-            for note in (f"run {folder}", *notes):
+            for note in (f"run {folder}", *(f"on {other}:  {line}" for other, line in (lines or {}).items())):
                 shown.note(note)
-            supervisor = Supervisor(plan, host, folder, shown)
+            supervisor = Supervisor(plan, host, folder, shown, lines=lines, remotes=remotes)
             asyncio.run(supervisor.run())
     failure = supervisor.failure
     if failure:
@@ -176,7 +236,7 @@ def _in_process(plan: Plan, folder: Path, started: float) -> Ended:
     from ddrl_bus.launch import in_process
 
     code, reason = 0, None
-    with run_dir.held(folder, _hosts(plan)[0]):
+    with run_dir.held(folder, hosts_of(plan)[0]):
         _forget_the_end(folder)
         with display() as shown:
             shown.note(f"run {folder}, all in this process")

@@ -105,6 +105,7 @@ class Node(ABC):
         self.replica: Replica | None = None
         self.done: str | None = None
         self._report = asyncio.Event()
+        self._unanswered = 0
         self._started = time.time()
         self._started_up = False
         self._inline = inline
@@ -316,10 +317,13 @@ class Node(ABC):
         try:
             answer = await self._controller.request(Progress.KIND, fields_of(progress), timeout_s=ANSWER_S)
         except UnreachableError:
-            self.log.warning("controller unreachable; going on")
+            self._unanswered += 1
+            if self._unanswered.bit_count() == 1:  # the first, and ever more seldom
+                self.log.warning("controller unreachable; going on")
         except RemoteError as refused:
             raise UsageError(str(refused)) from None
         else:
+            self._unanswered = 0
             self._obey(parse(Control, answer))
             for life in progress.earlier:
                 del self._untold[life]

@@ -11,6 +11,7 @@ Draining goes from the sources to the sinks, so that whoever receives is there u
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import time
@@ -22,13 +23,14 @@ import numpy as np
 
 from ddrl_bus import __version__
 from ddrl_bus.errors import WireError
-from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Phase, Progress, fields_of, parse
+from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Join, Joined, Phase, Progress, fields_of, parse
 from ddrl_bus.metrics import JsonLines, finite, shares
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.nodes.membership import Membership
 from ddrl_bus.transport.ledger import read
 from ddrl_bus.transport.links import Request, life
 from ddrl_bus.transport.wire import Arena
+from ddrl_bus.versions import versions
 
 TICK_S: Final = 0.1
 METRICS_EVERY_S: Final = 1.0
@@ -121,6 +123,7 @@ class Controller(Node):
             Progress.KIND: self._on_progress,
             STATUS: self._on_status,
             STOP: self._on_stop,
+            Join.KIND: self._on_join,
         }
         while True:
             request = await self.server.recv()
@@ -139,10 +142,11 @@ class Controller(Node):
         if progress.topology != self.plan.run_id or message.node not in self.plan.nodes:
             request.refuse(
                 f"{message.node} runs topology {progress.topology}, this is {self.plan.name} {self.plan.run_id}: "
-                "start every host from the same file and overrides"
+                "start every host from the same file and overrides, or with --join"
             )
             return
-        if progress.package != __version__:
+        known = self.members.get(message.node)
+        if progress.package != __version__ and (known is None or known.epoch != message.epoch):
             self.log.warning("%s runs ddrl_bus %s, this is %s", message.node, progress.package, __version__)
         now = asyncio.get_running_loop().time()
         self.members[message.node] = member = Member(progress, message.epoch, now)
@@ -175,6 +179,29 @@ class Controller(Node):
         if self.control.phase != "drain":
             self._drain("stop")
         request.answer(Control.KIND, fields_of(self.control))
+
+    def _on_join(self, request: Request) -> None:
+        join = parse(Join, request.message)
+        if self.control.phase == "drain":
+            request.refuse(f"{self.plan.name} {self.plan.run_id} is ending ({self.reason})")
+            return
+        share = self.plan.processes.get(join.process, ()) if join.process else self.plan.on_host(join.host)
+        nodes = [node.name for node in share]
+        now = asyncio.get_running_loop().time()
+        text = self.plan.lock().encode()
+        self.log.info("join of=%s versions=%s", join.process or join.host, json.dumps(join.versions))
+        joined = Joined(
+            hashlib.sha256(text).hexdigest(),
+            versions(),
+            {name: epoch for name in nodes if (epoch := self._newest_life(name))},
+            [name for name in nodes if self._present(name, now)][:16],
+        )
+        request.answer(Joined.KIND, fields_of(joined), {"topology": np.frombuffer(text, np.uint8)})
+
+    def _newest_life(self, name: str) -> int:
+        """Its epoch; 0 where none is known."""
+        lives = (life.partition("@") for life in self.lives)
+        return max((int(epoch, 16) for node, _, epoch in lives if node == name), default=0)
 
     # ---- what follows from it
 

@@ -1,6 +1,6 @@
 """Topologies: a YAML file to a `Plan` of nodes, links and addresses, or every problem there is with it."""
 
-from ddrl_bus.topology.loading import load
+from ddrl_bus.topology.loading import load, load_text
 from ddrl_bus.topology.plan import LinkPlan, NodePlan, Plan, Port
 from ddrl_bus.topology.schema import KINDS, AlgorithmEntry, Catalog, EnvSettings
 
@@ -14,4 +14,5 @@ __all__ = [
     "Plan",
     "Port",
     "load",
+    "load_text",
 ]

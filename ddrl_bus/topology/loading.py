@@ -12,7 +12,7 @@ from typing import Any
 
 from ddrl_bus.errors import EnvError, SecurityError, TopologyError, UsageError
 from ddrl_bus.topology import checks
-from ddrl_bus.topology.files import read_tree
+from ddrl_bus.topology.files import expand, read_tree
 from ddrl_bus.topology.plan import LinkPlan, Plan
 from ddrl_bus.topology.roles import Roles
 from ddrl_bus.topology.schema import (
@@ -30,7 +30,7 @@ from ddrl_bus.topology.schema import (
     validate,
     validate_config,
 )
-from ddrl_bus.topology.tree import Node, Problems, came, dotted
+from ddrl_bus.topology.tree import Mark, Node, Problems, came, dotted, parse
 from ddrl_bus.topology.wiring import Group, Wiring, default_links
 
 DEFAULT_GROUPS = ("evaluator", "controller")  # added when no group is of their kind
@@ -59,6 +59,33 @@ def load(
         raise UsageError(f"run id: got {came(run_id)}, expected 1 to 64 letters, digits, - and _")
     problems = Problems()
     tree = read_tree(path, overrides, environ, problems)
+    return _loaded(tree, environ, catalog, problems, in_process=in_process, run_id=run_id)
+
+
+def load_text(text: str, name: str, *, catalog: Catalog) -> Plan:
+    """The plan of a locked topology that somebody sent: it reads no file and no variable of this machine.
+
+    `name` stands for the file in messages. Raises as `load` does.
+    """
+    problems = Problems()
+    tree = parse(text, name, problems)
+    if tree is None or not isinstance(tree.value, dict):
+        problems.add(Mark(name), "", "expected a locked topology")
+        raise TopologyError(problems.sorted())
+    if "extends" in tree.value:
+        problems.add(tree.value.pop("extends"), "extends", "a locked topology stands for itself")
+    return _loaded(expand(tree, {}, problems), os.environ, catalog, problems)
+
+
+def _loaded(
+    tree: Node,
+    environ: Mapping[str, str],
+    catalog: Catalog,
+    problems: Problems,
+    *,
+    in_process: bool = False,
+    run_id: str | None = None,
+) -> Plan:
     plan = _plan(tree, catalog, problems)
     if plan is None:
         raise TopologyError(problems.sorted())

@@ -145,6 +145,16 @@ class Plan:
             raise UsageError(f"{self.name}: {name} runs in process {node.process}{beside}; start {node.process}")
         raise UsageError(f"{self.name}: no node {name!r}; have {', '.join(self.processes)}")
 
+    @cached_property
+    def controller(self) -> NodePlan:
+        """A run has one; its host is the head."""
+        return next(node for node in self.nodes.values() if node.kind == "controller")
+
+    @cached_property
+    def join_address(self) -> str | None:
+        """Where other hosts reach the controller; None where there are none."""
+        return self.binds[self.controller.name, "progress"].far
+
     def on_host(self, host: str) -> tuple[NodePlan, ...]:
         return tuple(node for node in self.nodes.values() if node.host == host)
 

@@ -12,15 +12,17 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import ipaddress
 import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from socket import SOCK_STREAM, getaddrinfo
 from typing import Final
 
 import zmq
 
-from ddrl_bus.errors import AddressInUseError, UsageError
+from ddrl_bus.errors import AddressInUseError, UnreachableError, UsageError
 from ddrl_bus.transport.base import OnMessage, SocketKind, scheme
 from ddrl_bus.transport.security import RELOAD_S, ZAP_ADDRESS, Guard
 from ddrl_bus.transport.wire import MAX_FRAME, SMALL_FRAME, Buffer
@@ -181,7 +183,7 @@ class ZmqSocket:
             self._serve_curve()
             self._guarded.append(address)
         try:
-            self.raw.bind(address)
+            self.raw.bind(_numeric(address))
         except zmq.ZMQError as error:
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUseError(
@@ -367,6 +369,32 @@ class ZmqSocket:
 def _body(frame: zmq.Frame) -> Buffer:
     # Small frames are slices of libzmq's read buffer: a view would keep all of it alive, at any alignment.
     return frame.bytes if len(frame) <= SMALL_FRAME else frame.buffer
+
+
+def _numeric(address: str) -> str:
+    """libzmq dials names, and binds numbers only.
+
+    Raises:
+        UnreachableError: the name has no address yet.
+        UsageError: it has one that others cannot dial.
+    """
+    name, _, port = address.removeprefix("tcp://").rpartition(":")
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name.strip("[]"))
+        return address
+    if scheme(address) != "tcp" or name == "*" or not port.isdigit():
+        return address
+    try:
+        found = getaddrinfo(name, int(port), type=SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise UnreachableError(f"cannot bind {address}: {name} has no address here: {error}") from None
+    ip = ipaddress.ip_address(found)
+    if ip.is_loopback:
+        raise UsageError(
+            f"cannot bind {address}: {name} is {ip} on this machine, where no other host reaches it; "
+            "give `hosts:` the address that they dial, or correct /etc/hosts"
+        )
+    return f"tcp://[{ip}]:{port}" if ip.version == 6 else f"tcp://{ip}:{port}"
 
 
 def _claim(address: str) -> int:

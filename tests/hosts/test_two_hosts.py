@@ -1,30 +1,24 @@
-"""Two hosts, each a network namespace of its own, joined by one cable: the reference topology over tcp.
-
-Each host has its own run directory, and its own folder for sockets, as two machines would.
-"""
+"""The reference topology over tcp, on two hosts that both have its file."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from cables import ADDRESSES, MISSING, Cable, running
 from replicas import forms, train, updates
 from runs import ENVIRON, FOREVER, Run, assert_closed, command
 
 from ddrl_bus.launch import closing
 from ddrl_bus.transport import ledger
 
-ADDRESSES = {"gpu0": "10.77.0.1", "cpu1": "10.77.0.2"}
 LATE_S = 10.0
 CUT_S = 2.0
 DOWN_S = 2.0
@@ -34,7 +28,6 @@ DDPPO = (
     *("nodes.actor.host=[gpu0, cpu1]", "nodes.learner.host=[gpu0, cpu1]", "nodes.learner.deadline=3s", *FOREVER),
 )
 """A worker on each host; everybody else is on the first."""
-MISSING = "needs root and iproute2" if os.geteuid() or not shutil.which("ip") else ""
 
 pytestmark = [
     pytest.mark.hosts,
@@ -42,45 +35,6 @@ pytestmark = [
 ]
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
-@dataclass
-class Cable:
-    """Two namespaces and the veth pair between them."""
-
-    namespaces: dict[str, str]
-    ends: dict[str, str]
-
-    @contextmanager
-    def unplugged(self) -> Iterator[None]:
-        ip("-n", self.namespaces["gpu0"], "link", "set", self.ends["gpu0"], "down")
-        try:
-            yield
-        finally:
-            ip("-n", self.namespaces["gpu0"], "link", "set", self.ends["gpu0"], "up")
-
-
-@pytest.fixture
-def cable() -> Iterator[Cable]:
-    namespaces = {host: f"ddrl-{os.getpid()}-{host}" for host in ADDRESSES}
-    ends = {host: f"dd{os.getpid()}{host[0]}" for host in ADDRESSES}
-    with ExitStack() as undo:
-        for name in namespaces.values():
-            ip("netns", "add", name)
-            undo.callback(ip, "netns", "del", name)  # its end of the cable goes with it
-        near, far = ends.values()
-        ip("link", "add", near, "type", "veth", "peer", "name", far)
-        for host, name in namespaces.items():
-            ip("link", "set", ends[host], "netns", name)
-            ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", ends[host])
-            ip("-n", name, "link", "set", ends[host], "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield Cable(namespaces, ends)
-
-
-@contextmanager
 def share(
     cable: Cable,
     host: str,
@@ -88,19 +42,10 @@ def share(
     *overrides: str,
     topology: Sequence[str] = TWO_HOSTS,
     keys: Path | None = None,
-) -> Iterator[Run]:
+) -> AbstractContextManager[Run]:
     """`ddrl-node --host HOST` on that host, with the keys of its user."""
-    sockets = Path(tempfile.mkdtemp(prefix=f"{host}-"))  # a path that leaves room for the names of sockets
-    words = ["-t", *topology, "--host", host, "--json", "--run-dir", str(folder), *overrides]
-    environ = ENVIRON | {"TMPDIR": str(sockets), "GPU0": ADDRESSES["gpu0"], "CPU1": ADDRESSES["cpu1"]}
-    environ |= {"DDRL_KEYS": str(keys or folder / "none")}
-    prefix = ("ip", "netns", "exec", cable.namespaces[host])
-    run = Run(folder, command(*words, name="ddrl_node", prefix=prefix), environ)
-    try:
-        yield run
-    finally:
-        run.close()
-        shutil.rmtree(sockets)
+    variables = {"GPU0": ADDRESSES["gpu0"], "CPU1": ADDRESSES["cpu1"], "DDRL_KEYS": str(keys or folder / "none")}
+    return running(cable, host, folder, "-t", *topology, "--host", host, *overrides, **variables)
 
 
 def assert_books_agree(learner: Run, actors: Run) -> ledger.Balance:

@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
+from ddrl_bus.errors import UnreachableError
 from ddrl_bus.launch import local
 from ddrl_bus.launch.local import Supervisor
 from ddrl_bus.launch.remote import Status
@@ -67,14 +68,22 @@ class Notes:
 class Programs(Supervisor):
     """Starts the Python program given for a process instead of its nodes."""
 
-    def __init__(self, folder: Path, programs: dict[str, str], *overrides: str, grace: float = 0.3) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        programs: dict[str, str],
+        *overrides: str,
+        grace: float = 0.3,
+        host: str = "local",
+        remotes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         (folder / "logs").mkdir()
         self.notes = Notes()
         self.folder = folder
         self.programs = programs
         changes = [f"grace={grace}", "nodes.actor.count=1", *overrides]
         plan = plan_of("quickstart", changes, probe=False, fresh=True)
-        super().__init__(plan, "local", folder, self.notes)
+        super().__init__(plan, host, folder, self.notes, remotes=remotes)
 
     def _command(self, name: str) -> Sequence[str]:
         program = HEAD + BLOCK + self.programs.get(name, UNTIL_TERM)
@@ -293,3 +302,67 @@ async def test_a_crashed_bundle_is_one_crash(tmp_path: Path) -> None:
     assert supervisor.failure is None
     assert supervisor.restarts == 1
     assert supervisor.heard("w-0 was killed by SIGKILL; restart 1 of 3")
+
+
+# ── of several hosts ─────────────────────────────────────────────────────────────────────────────────────────────
+
+FAR = ("hosts={gpu0: 127.0.0.1:28077, cpu1: 127.0.0.1}", "nodes.actor.host=cpu1", "nodes.actor.count=2")
+
+
+async def test_a_share_ends_when_a_node_leaves_and_the_head_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that started too late to be told to drain is not left alone for ever."""
+    monkeypatch.setattr(local.remote.Controller.status, "__defaults__", (0.2,))
+    programs = {"actor-0": "wait('both')", "actor-1": f"(folder / 'both').touch()\n{UNTIL_TERM}"}
+    supervisor = Programs(tmp_path, programs, *FAR, host="cpu1")
+    await supervisor.run()
+
+    assert supervisor.failure is None
+    assert supervisor.lives("actor-0") == 1
+
+
+async def test_a_head_that_is_lost_ends_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"HEAD_LOST_S": 0.3, "FAR_STATUS_S": 0.05}.items():
+        monkeypatch.setattr(local, name, seconds)
+    answers = iter([{"phase": "run", "nodes": {}}])
+
+    async def status(_: object, timeout_s: float = 0) -> Any:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise UnreachableError("gone") from None
+
+    monkeypatch.setattr(local.remote.Controller, "status", status)
+    supervisor = Programs(tmp_path, {}, *FAR, host="cpu1")
+    await supervisor.run()
+
+    assert isinstance(supervisor.failure, UnreachableError)
+    assert str(supervisor.failure) == "the head has not answered for 0 s"
+
+
+FAR_SHARE = "import sys; print('here'); sys.stdout.flush(); sys.stdin.read(); print('drained')"
+
+
+async def test_a_remote_share_drains_when_its_stdin_ends_and_its_words_have_its_name(tmp_path: Path) -> None:
+    remotes = {"ssh cpu1": [sys.executable, "-c", FAR_SHARE]}
+    supervisor = Programs(tmp_path, {"actor-0": UNTIL_TERM}, remotes=remotes)
+    running = asyncio.create_task(supervisor.run())
+    await eventually(lambda: supervisor.heard("ssh cpu1 | here"))
+    await supervisor.until("actor-0.pids")
+    os.kill(os.getpid(), signal.SIGINT)
+    await running
+
+    assert supervisor.failure is None
+    assert supervisor.heard("ssh cpu1 | drained")
+
+
+async def test_an_ssh_that_gets_no_connection_ends_the_run(tmp_path: Path) -> None:
+    remotes = {"ssh cpu1": [sys.executable, "-c", "import sys; print('Permission denied'); sys.exit(255)"]}
+    supervisor = Programs(tmp_path, {"actor-0": UNTIL_TERM}, remotes=remotes)
+    await supervisor.run()
+
+    assert supervisor.failure is not None
+    assert supervisor.failure.exit_code == 69
+    assert supervisor.heard("ssh cpu1 failed with exit code 255; restart 3 of 3")
+    assert str(supervisor.failure).endswith("failed with exit code 255\nPermission denied")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -14,10 +15,24 @@ import pytest
 from rig import PATIENCE_S, WORKERS, Living, Rig, beat, epoch, eventually, json_of, progress_of, rig_of
 
 from ddrl_bus.errors import FencedError, RemoteError
-from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Group, Progress, Replica, parse
+from ddrl_bus.messages import (
+    STATUS,
+    STOP,
+    Control,
+    Evaluation,
+    Group,
+    Join,
+    Joined,
+    Progress,
+    Replica,
+    fields_of,
+    parse,
+)
 from ddrl_bus.nodes import controller as controllers
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Client
+from ddrl_bus.transport.wire import Message
+from ddrl_bus.versions import versions
 
 NODES = {"actor-0": "actor", "actor-1": "actor", "learner-0": "learner", "evaluator-0": "evaluator"}
 OTHERS = {"learner-1": "learner", "param_server-0": "param_server", "param_server-1": "param_server"}
@@ -451,3 +466,51 @@ async def test_status_names_the_hosts_that_any_node_has_shut_out(on_stage: OnSta
         status = await stage.status()
         assert status["quarantined"] == ["cpu2"]
         assert status["nodes"]["learner-0"]["counters"] == counters
+
+
+# ── joining ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TWO_HOSTS = ("hosts={a: 127.0.0.1:27077, b: 127.0.0.1:27177}", "nodes.actor.host=b")
+
+
+async def join(stage: Stage, **wanted: str) -> Message:
+    (address,) = stage.rig.plan.ports("actor-0")["progress"].peers.values()
+    client = stage.rig.bus(f"people-{len(stage.rig.buses)}").client("progress", address)
+    return await client.request(Join.KIND, fields_of(Join({"torch": "0"}, **wanted)), timeout_s=PATIENCE_S)
+
+
+async def test_who_joins_gets_the_topology_and_the_lives_that_went_before(on_stage: OnStage) -> None:
+    async with on_stage(*TWO_HOSTS) as stage:
+        await stage.beat("actor-1", life=2)
+        await stage.beat("actor-1", life=2, state="stopped")
+        await stage.beat("learner-0", life=3)
+        answer = await join(stage, host="b")
+        process = await join(stage, process="actor-0")
+    joined, text = parse(Joined, answer), bytes(answer.arrays["topology"])
+    assert text.decode() == stage.rig.plan.lock()
+    assert joined.digest == hashlib.sha256(text).hexdigest()
+    assert joined.versions == versions()
+    assert (joined.lives.keys(), joined.present) == ({"actor-1"}, [])
+    assert parse(Joined, process).lives == {}
+
+
+async def test_who_joins_hears_who_is_there_already(on_stage: OnStage) -> None:
+    async with on_stage(*TWO_HOSTS) as stage:
+        await stage.beat("actor-1")
+        assert parse(Joined, await join(stage, host="b")).present == ["actor-1"]
+        assert parse(Joined, await join(stage, process="actor-1")).present == ["actor-1"]
+        assert parse(Joined, await join(stage, process="actor-0")).present == []
+
+
+async def test_nobody_joins_a_run_that_ends(on_stage: OnStage) -> None:
+    async with on_stage(*TWO_HOSTS) as stage:
+        await stage.beat("actor-1")
+        await stage.asked(STOP)
+        with pytest.raises(RemoteError, match=r"is ending \(stop\)"):
+            await join(stage, host="b")
+
+
+async def test_a_join_that_makes_no_sense_is_refused(on_stage: OnStage) -> None:
+    async with on_stage(*TWO_HOSTS) as stage:
+        with pytest.raises(RemoteError, match="fields: join"):
+            await stage.asked(Join.KIND)

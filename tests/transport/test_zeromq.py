@@ -21,7 +21,7 @@ import pytest
 import zmq
 from harness import SMALL, WAIT_S, Net, free_ports, numbered, send, take, turns, until
 
-from ddrl_bus.errors import AddressInUseError, UsageError
+from ddrl_bus.errors import AddressInUseError, UnreachableError, UsageError
 from ddrl_bus.transport import wire, zeromq
 from ddrl_bus.transport.base import OnMessage, SocketKind
 from ddrl_bus.transport.wire import SMALL_FRAME, Buffer, Layout
@@ -333,6 +333,30 @@ def _bound(net: Net) -> bool:
         net.receiver(window=4)
         return True
     return False
+
+
+async def test_a_name_is_bound_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libzmq itself binds numbers only; where a name leads is the system's business."""
+    asked = []
+
+    def resolves(name: str, port: int, **_: object) -> list[object]:
+        asked.append(name)
+        if name == "nobody.lan":
+            raise OSError("not known")
+        found = {"gpu0.lan": "192.0.2.77", "here.lan": "127.0.1.1", "six.lan": "fd00::7"}[name]
+        return [(0, 0, 0, "", (found, port))]
+
+    monkeypatch.setattr(zeromq, "getaddrinfo", resolves)
+    assert zeromq._numeric("tcp://gpu0.lan:7077") == "tcp://192.0.2.77:7077"
+    assert zeromq._numeric("tcp://six.lan:7077") == "tcp://[fd00::7]:7077"
+    with pytest.raises(UsageError, match=r"here\.lan is 127\.0\.1\.1 on this machine, where no other host reaches it"):
+        zeromq._numeric("tcp://here.lan:7077")
+    with pytest.raises(UnreachableError, match=r"nobody\.lan has no address here: not known"):
+        zeromq._numeric("tcp://nobody.lan:7077")
+    asked.clear()
+    for address in ("tcp://127.0.0.1:7077", "tcp://[fd00::7]:7077", "tcp://*:7077", "ipc:///tmp/a:b"):
+        assert zeromq._numeric(address) == address
+    assert asked == []
 
 
 @pytest.mark.parametrize("address", ["tcp://nonsense", "tcp://192.0.2.1:4444", "ipc:///proc/none/x"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ddrl_bus.errors import FencedError, LinkClosedError, RemoteError, UnreachableError, WireError
+from ddrl_bus.errors import FencedError, LinkClosedError, RemoteError, UnreachableError, VersionError, WireError
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.base import Backend, SocketKind
 from ddrl_bus.transport.links.end import End, Host
@@ -46,6 +46,7 @@ class Client(End):
         Raises:
             UnreachableError: none came within `timeout_s`.
             RemoteError: the server refused it; carries its words.
+            VersionError: it speaks another major version of the protocol.
             FencedError: the server knows a newer life of this node.
             LinkClosedError: this end was closed.
         """
@@ -81,6 +82,8 @@ class Client(End):
             message = wire.decode(parts[0])
         except WireError as error:
             self._refuse(error.reason)
+            if error.reason == "version":  # the whole server speaks it: no request will ever be answered
+                self._fail(VersionError(f"{self._address}: {error}; install the same ddrl_bus on both hosts"))
             return
         future = self._waiting.pop(message.seq, None)
         if not self._core.answered(message.seq) or future is None or future.done():
@@ -104,11 +107,15 @@ class Client(End):
             if not future.done():
                 future.set_exception(UnreachableError(f"{self.link}: no answer from {self._address} in time"))
 
-    def close(self) -> None:
-        super().close()
+    def _fail(self, error: Exception) -> None:
+        """Of everything that is waited for."""
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(LinkClosedError(f"{self.link}: this end of {self._node} closed"))
+                future.set_exception(error)
+
+    def close(self) -> None:
+        super().close()
+        self._fail(LinkClosedError(f"{self.link}: this end of {self._node} closed"))
 
 
 @dataclass(slots=True)
@@ -181,6 +188,8 @@ class Server(End):
             message = wire.decode(parts[1])
         except WireError as error:
             self._reject(self._socket, error.reason)
+            if error.reason == "version":  # what we say in our version tells whoever asks that there are two
+                self._socket.send(parts[0], wire.encode(ERROR_KIND, self._node, self._epoch, 0, {"error": str(error)}))
             return
         if not self._may_speak(self._socket, message.node):
             return

@@ -1,0 +1,136 @@
+"""Joining a run from another host: the head sends the locked topology, so that nothing needs to be copied there.
+
+What comes is text, bounded, checked against its digest, and read as any topology is, but with no file and no variable
+of this machine. Nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ddrl_bus.errors import DdrlError, EnvError, UnreachableError, UsageError
+from ddrl_bus.launch import remote
+from ddrl_bus.launch.catalog import catalog, probe_env
+from ddrl_bus.launch.hosts import FIRST_S, head_of, hosts_of
+from ddrl_bus.messages import Join, Joined, fields_of, parse
+from ddrl_bus.topology import Plan, load_text
+from ddrl_bus.topology.schema import split_address
+from ddrl_bus.topology.tree import MAX_BYTES, came
+from ddrl_bus.transport.wire import Message
+from ddrl_bus.versions import skew, versions
+
+PORT: Final = 7077
+WAIT_S: Final = 300.0
+"""How long a host waits for the head: they are started in any order."""
+LEAVE_S: Final = 15.0
+"""How long it waits for an earlier start of itself to be gone."""
+
+AGAIN_S: Final = 2.0
+
+Note = Callable[[str], None]
+
+
+def address_of(text: str) -> str:
+    """`tcp://HOST:PORT` of what a user gave for it.
+
+    Raises:
+        UsageError: it is no address that can be dialled.
+    """
+    split = split_address(text.removeprefix("tcp://"))
+    if split is None:
+        raise UsageError(f"--join {text}: expected the head's address, such as tcp://10.0.0.1:{PORT}")
+    return f"tcp://{split[0]}:{split[1] or PORT}"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one host, or one process of it, is to run."""
+
+    plan: Plan
+    host: str
+    lives: Mapping[str, int]
+    """Node → epoch of its newest life, where there was one."""
+
+
+async def join(address: str, wanted: Join, note: Note) -> Share:
+    """Ask the head at `address`, which may take its time to start.
+
+    Raises:
+        UnreachableError: nobody answered in time.
+        VersionError: the head speaks another major version of the protocol.
+        UsageError: there is no such host or process, or it is there already.
+        EnvError: the environment cannot be made here.
+        RemoteError: the run is ending.
+    """
+    began = time.monotonic()
+    while True:
+        message = await _asked(address, wanted, note)
+        joined = parse(Joined, message)
+        plan = _plan(message, joined, address)
+        host = _host(plan, wanted)
+        if not joined.present:
+            break
+        if time.monotonic() - began > LEAVE_S:
+            raise UsageError(f"there already: {', '.join(joined.present)} of {host}; stop them first")
+        note(f"waiting until {', '.join(joined.present)} of an earlier start left")
+        await asyncio.sleep(AGAIN_S)
+    _compare(plan, host, joined, note)
+    return Share(plan, host, joined.lives)
+
+
+async def _asked(address: str, wanted: Join, note: Note) -> Message:
+    began, again = time.monotonic(), FIRST_S
+    with remote.controller(address) as head:
+        while True:
+            try:
+                return await head.ask(Join.KIND, fields_of(wanted))
+            except UnreachableError:
+                waited = time.monotonic() - began
+            if waited >= WAIT_S:
+                raise UnreachableError(f"nobody answers at {address} for {waited:.0f} s; is the head started?")
+            if waited >= again:
+                again *= 2
+                note(f"nobody answers at {address} for {waited:.0f} s; on the head type:  ddrl run TOPO")
+
+
+def _plan(message: Message, joined: Joined, address: str) -> Plan:
+    array = message.arrays.get("topology")
+    if array is None or array.dtype != "uint8" or array.ndim != 1 or array.size > MAX_BYTES:
+        raise DdrlError(f"{address} answered with no topology")
+    text = bytes(array)
+    if hashlib.sha256(text).hexdigest() != joined.digest:
+        raise DdrlError(f"{address} sent a topology that does not match its digest")
+    try:
+        return load_text(text.decode(), f"topology of {address}", catalog=catalog())
+    except UnicodeDecodeError:
+        raise DdrlError(f"{address} sent a topology that is not UTF-8") from None
+
+
+def _host(plan: Plan, wanted: Join) -> str:
+    """Where what is wanted belongs; never to the head, which has the file."""
+    if wanted.process:
+        (host,) = {node.host for node in plan.process(wanted.process)}
+    else:
+        host = wanted.host
+    others = [other for other in hosts_of(plan) if other != head_of(plan)]
+    if host not in others:
+        what = "is the head, which needs the file: -t TOPO" if host == head_of(plan) else "is no host of it with nodes"
+        raise UsageError(f"{plan.name}: {came(host)} {what}; can join: {', '.join(others) or 'nobody'}")
+    return host
+
+
+def _compare(plan: Plan, host: str, joined: Joined, note: Note) -> None:
+    """Say where the two installations differ."""
+    head = head_of(plan)
+    for name, (here, there) in skew(versions(), joined.versions).items():
+        note(f"warning: {host} has {name} {here or 'not at all'}, {head} has {there or 'none'}")
+    try:
+        probe_env(plan.env)
+    except EnvError as error:
+        here, there = versions()["gymnasium"], joined.versions.get("gymnasium")
+        raise EnvError(f"{host} (gymnasium {here}): {error}; {head} has gymnasium {there}") from None
