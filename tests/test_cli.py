@@ -86,6 +86,8 @@ def test_every_command_has_help(name: str) -> None:
         (["check"], 64, "which topology?"),
         (["status"], 64, "no run under"),
         (["eval", "x"], 64, "no run 'x'"),
+        (["bench", "allreduce", "--ranks", "2,x"], 64, "'2,x', expected numbers of at least 1 with commas"),
+        (["bench", "allreduce", "--bytes", "1e3,0"], 64, "'1e3,0', expected numbers of at least 1"),
     ],
 )
 def test_what_cannot_work_is_refused_in_words(arguments: list[str], code: int, words: str) -> None:

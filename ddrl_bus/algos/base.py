@@ -7,6 +7,7 @@ unbroken one. Nothing global is set: threads belong to the node, and initialisat
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -29,7 +30,6 @@ Array: TypeAlias = Any
 
 
 _REST = {"rng", "counters"}  # of a state, besides networks and optimizer.*
-_SPREAD = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, as an odd int64: spreads small numbers over all bits
 ConfigT = TypeVar("ConfigT", bound=AgentConfig)
 
 
@@ -315,14 +315,11 @@ class Algorithm(ABC, Generic[ConfigT]):
         return {k: v.detach().float().cpu().numpy().copy() for k, v in self.net.state_dict().items()}
 
     def digest(self) -> int:
-        """64 bits of the parameters: replicas whose parameters differ in a bit have, but for a coincidence, others."""
-        with torch.no_grad():
-            flat = torch.cat([p.reshape(-1) for p in self._params] + [self._params[0].new_zeros(1)])
-            bits = flat[: len(flat) // 2 * 2].view(torch.int64)
-            places = torch.arange(1, 2 * len(bits), 2, device=bits.device).mul_(_SPREAD)
-            mixed = bits * places  # odd factors: no single change is lost mod 2^64
-            mixed ^= mixed >> 32  # nor do two of the same bit cancel, as two changes of sign would in a sum
-            return int(mixed.mul_(places).sum())
+        """CRC-32 of the parameters: replicas whose parameters differ have, but for a coincidence, others."""
+        found = 0
+        for p in self._params:
+            found = zlib.crc32(p.detach().cpu().numpy(), found)
+        return found
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything that the next update depends on: network, optimiser, generator and counters, as a flat mapping."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -85,18 +86,17 @@ def _side(rank: int, ranks: int, sizes: Sequence[int], repeats: int, meeting: Pa
     torch.set_num_threads(1)  # as every learner does
     dist: Any = torch.distributed
     store = dist.FileStore(str(meeting), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=PATIENCE_S))
     if rank == 0:
         rendezvous = Rendezvous(LOOPBACK, PATIENCE_S)
         store.set("rendezvous", rendezvous.address)
     address = store.get("rendezvous").decode()
     collective = Collective(address, 1, rank, ranks, LOOPBACK, torch.device("cpu"), PATIENCE_S)
-    try:
-        return [_timed(_algorithm(size), collective, repeats) for size in sizes]
-    finally:
-        dist.barrier()
-        collective.close()
-        dist.destroy_process_group()
+    measured = [_timed(_algorithm(size), collective, repeats) for size in sizes]
+    dist.barrier()  # the others' store is the first one's
+    collective.close()
+    dist.destroy_process_group()
+    return measured
 
 
 def _timed(algo: Ppo, collective: Collective, repeats: int) -> Measured:

@@ -24,7 +24,7 @@ import gymnasium as gym
 import numpy as np
 
 from ddrl_bus.launch import node, run_dir
-from ddrl_bus.launch.catalog import find_topology, load_lock
+from ddrl_bus.launch.catalog import load_lock
 from ddrl_bus.launch.start import plan_of
 from ddrl_bus.topology import Plan
 from ddrl_bus.transport import ledger
@@ -130,16 +130,13 @@ def _count(folder: Path, name: str, what: str) -> int:
 
 
 def _plan(case: Case, folder: Path) -> Plan:
-    lines = find_topology("ddppo").read_text().splitlines(keepends=True)
-    told = lines if case.preempt else [line for line in lines if not line.strip().startswith("tally:")]
-    (folder / "ddppo.yaml").write_text("".join(told))  # no override takes a link away
     overrides = (
         *(f"nodes.actor.count={case.workers}", f"nodes.learner.count={case.workers}", "nodes.evaluator.count=0"),
         *("nodes.actor.envs=1", "algo.batch=1", "algo.minibatches=1", "algo.epochs=1", f"algo.unroll={UNROLL}"),
         *(f"algo.preempt={case.preempt}", f"algo.preempt_after={LEAST}", "algo.anneal_steps=0"),
         *("env.id=Sleepy-v0", "stop.reward=null", "stop.steps=null"),
     )
-    return _here(plan_of(str(folder / "ddppo.yaml"), overrides, probe=False), folder)
+    return _here(plan_of("ddppo", overrides, probe=False), folder)
 
 
 def _here(plan: Plan, folder: Path) -> Plan:

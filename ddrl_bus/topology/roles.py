@@ -167,10 +167,7 @@ class Roles:
     def _check_preemption(self) -> None:
         """Who ends its rollout early must hear how many have ended theirs, and train on what it has."""
         share = getattr(self.settings, "preempt", 0)
-        if not share and "tally" in self.links:
-            message = "its actors end their rollouts early, but algo.preempt does not say when; set it, to 0.6 say"
-            self._say(("links", "tally"), f"{message}, or leave this out")
-        elif share and not {"tally", "sync"} <= self.links.keys():
+        if share and not {"tally", "sync"} <= self.links.keys():
             message = f"got {share:g}, but nobody tells actors how many have played; add links.sync and links.tally"
             self._say(("algo", "preempt"), f"{message}, or leave it out")
         elif share and not self._in_lock_step:

@@ -322,7 +322,6 @@ def test_equal_parameters_have_equal_digests(rule: str) -> None:
     learner.step(batch_of(learner))
     other.load_state(learner.state())
     assert learner.digest() == learner.digest() == other.digest()
-    assert -(2**63) <= learner.digest() < 2**63  # as a vote and a collective carry it
     other.step(batch_of(other, seed=1))
     assert learner.digest() != other.digest()
 

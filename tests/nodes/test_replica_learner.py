@@ -413,7 +413,9 @@ async def test_a_group_that_somebody_does_not_come_to_is_told_of(on_stage: OnSta
         stage.learners.append(stage.learners[0])  # who is to be the second one never starts
         group = await stage.say(0, 1)
         await stage.broken(0)
-        assert stage.controller.last("learner-0").replica.group is None
+        assert (said := stage.controller.last("learner-0"))
+        assert said.replica
+        assert said.replica.group is None
         assert "generation 1 of 2 replicas: " in caplog.text
         assert list(group.members) == ["learner-0", "learner-1"]
         del stage.learners[1]

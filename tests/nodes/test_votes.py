@@ -250,11 +250,11 @@ async def test_equal_digests_are_fine(voters: Hear) -> None:
         v.form()
         for update in range(1, 4 * REMEMBERED):
             for n in range(3):
-                v[n].made(update, -update)
+                v[n].made(update, 7 * update)
                 v.say(n, update + 1)
             await v.heard()
             assert all(v[n].ready(update + 1) for n in range(3))
-            assert v[0].mine.digests == [(u, -u) for u in range(max(1, update - REMEMBERED + 1), update + 1)]
+            assert v[0].mine.digests == [(u, 7 * u) for u in range(max(1, update - REMEMBERED + 1), update + 1)]
 
 
 async def test_what_another_has_made_of_the_update_before_the_last_is_waited_for(voters: Hear) -> None:
@@ -275,7 +275,7 @@ async def test_what_another_has_made_of_the_update_before_the_last_is_waited_for
 
 
 WORDS = (
-    r"^learner-0: parameters of digest 0000000000000007 after update 3, expected fffffffffffffff8, which learner-1 "
+    r"^learner-0: parameters of digest 00000007 after update 3, expected 00000008, which learner-1 "
     "has: replicas must stay equal$"
 )
 
@@ -284,7 +284,7 @@ async def test_other_digests_are_told_when_theirs_is_later(voters: Hear) -> None
     async with voters() as v:
         v.form()
         v[0].made(3, 7)
-        v[1].made(3, -8)
+        v[1].made(3, 8)
         v.say(1, 4)
         with pytest.raises(ExceptionGroup) as caught:
             async with asyncio.timeout(PATIENCE_S):
@@ -297,7 +297,7 @@ async def test_other_digests_are_told_when_ours_is_later(voters: Hear) -> None:
     async with voters() as v:
         v.form()
         v[1].made(2, 5)
-        v[1].made(3, -8)
+        v[1].made(3, 8)
         v.say(1, 4)
         await v.heard()
         v[0].made(2, 5)

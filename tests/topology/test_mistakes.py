@@ -589,11 +589,6 @@ MISTAKES = {
         "algo.preempt",
         "got 0.6, but nobody waits for a straggler's unroll; set links.trajectories.max_lag to 0",
     ),
-    "a tally without preemption": (
-        DDPPO.replace(", preempt: 0.6", "").replace("tally: {", "tally: ‹{"),
-        "links.tally",
-        "its actors end their rollouts early, but algo.preempt does not say when; set it, to 0.6 say, or leave this",
-    ),
     # does it fit
     "batch never fills": (
         BASE.replace("impala", "impala, batch: ‹129"),
