@@ -14,6 +14,7 @@ from typing import Final
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch.remote import Status
 from ddrl_bus.topology import Plan
+from ddrl_bus.topology.exposure import leaves
 from ddrl_bus.topology.schema import split_address
 
 FIRST_S: Final = 5.0
@@ -70,9 +71,15 @@ def _bare(address: str) -> str:
 
 def command_of(plan: Plan, host: str, words: Sequence[str]) -> str:
     """What to type there; `words` are the topology and overrides that the user gave for the head."""
-    if host == head_of(plan) or plan.join_address is None:
+    if host == head_of(plan) or not can_join(plan):
         return shlex.join(["ddrl-node", "-t", *words, "--host", host])
     return shlex.join(["ddrl-node", *join_words(plan, host)])
+
+
+def can_join(plan: Plan) -> bool:
+    """Whether the head sends its topology; where its links are encrypted, it hears nodes of the plan only."""
+    address = plan.join_address
+    return address is not None and (plan.links["progress"].insecure or not leaves(address))
 
 
 def join_words(plan: Plan, host: str) -> list[str]:

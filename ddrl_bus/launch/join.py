@@ -92,7 +92,10 @@ async def _asked(address: str, wanted: Join, note: Note) -> Message:
             except UnreachableError:
                 waited = time.monotonic() - began
             if waited >= WAIT_S:
-                raise UnreachableError(f"nobody answers at {address} for {waited:.0f} s; is the head started?")
+                raise UnreachableError(
+                    f"nobody answers at {address} for {waited:.0f} s; is the head started? Where its links are "
+                    "encrypted, copy its topology here and give -t"
+                )
             if waited >= again:
                 again *= 2
                 note(f"nobody answers at {address} for {waited:.0f} s; on the head type:  ddrl run TOPO")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from ddrl_bus.errors import UsageError
-from ddrl_bus.launch.hosts import address_of, head_of, hosts_of, join_words
+from ddrl_bus.launch.hosts import address_of, can_join, head_of, hosts_of, join_words
 from ddrl_bus.topology import Plan
 
 OPTIONS: Final = {
@@ -48,6 +48,11 @@ class Far:
             raise UsageError(f"{plan.name} has one host only; --ssh is for starting others")
         if here != head_of(plan):
             raise UsageError(f"this machine is {here}; start with --ssh on the head, {head_of(plan)}")
+        if not can_join(plan):
+            lines = "; ".join(f"on {host}: ddrl-node -t TOPO --host {host}" for host in others)
+            raise UsageError(
+                f"--ssh sends the topology, which encrypted links do not carry yet; copy it and type {lines}"
+            )
         return {f"ssh {host}": self._ssh(plan, host) for host in others}
 
     def _ssh(self, plan: Plan, host: str) -> Sequence[str]:
