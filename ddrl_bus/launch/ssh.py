@@ -51,7 +51,7 @@ class Far:
         if not can_join(plan):
             lines = "; ".join(f"on {host}: ddrl-node -t TOPO --host {host}" for host in others)
             raise UsageError(
-                f"--ssh sends the topology, which encrypted links do not carry yet; copy it and type {lines}"
+                f"--ssh has the head send its topology, in the open; copy it to the others and type {lines}"
             )
         return {f"ssh {host}": self._ssh(plan, host) for host in others}
 
