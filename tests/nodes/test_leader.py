@@ -83,9 +83,11 @@ async def test_another_leader_is_followed_from_then_on(tmp_path: Path) -> None:
         await asyncio.sleep(0.05)
         leads(node, "learner-1", generation=3)
         assert await waiting == 2
+        heard = node.ledger.snapshot()["weights/messages_in"]
         publish_weights(publishers[0], 3)
         publish_weights(publishers[1], 4)
         assert await updates(weights) == 4
+        assert node.ledger.snapshot()["weights/messages_in"] == heard + 1
 
 
 async def test_without_a_controller_the_leader_is_kept(tmp_path: Path) -> None:

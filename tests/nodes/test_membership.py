@@ -342,6 +342,15 @@ def test_so_does_one_that_hears_nobody_for_long(run: Run) -> None:
     assert new.later(MEET_S, *NAMES) is None
 
 
+def test_a_controller_that_formed_a_group_knows_who_is_there(run: Run) -> None:
+    new = run.after(*NAMES)
+    new.lives["b"] = 2
+    new.say("b")
+    assert new.decide() is not None
+    new.say("c", gone=True)
+    assert new.decide() == {"a": 1, "b": 2}
+
+
 def test_a_new_controller_goes_on_from_the_groups_number(run: Run) -> None:
     run.say("a", gone=True)
     run.decide()

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,20 @@ class Stage:
 
     # ── what comes of it
 
+    def published(self, rank: int) -> list[Weights]:
+        """What came last, if anything did."""
+        message = self.weights[rank].latest()
+        return [parse(Weights, message)] if message else []
+
+    async def publishes(self, rank: int, weights: Weights) -> None:
+        """These, as the next but those of fewer updates."""
+        async with asyncio.timeout(PATIENCE_S):
+            while (said := parse(Weights, await self.weights[rank].next())).updates < weights.updates:
+                pass
+            while weights.confirm and not said.confirm:
+                said = parse(Weights, await self.weights[rank].next())
+        assert said == weights
+
     def one(self) -> Algorithm[Any]:
         """A learner of its own, where the first replica is now."""
         node = self.node()
@@ -195,10 +211,13 @@ def three(*overrides: str) -> tuple[str, ...]:
     return (*overrides, "nodes.learner.count=3", "nodes.actor.count=3")
 
 
-def published(subscriber: Subscriber) -> Weights | None:
-    """What came last, if anything did."""
-    message = subscriber.latest()
-    return parse(Weights, message) if message else None
+async def deaf(stage: Stage, rank: int) -> Callable[[], None]:
+    """It hears nothing from the controller until the function is called that this returns."""
+    node, before = stage.node(rank), stage.node(rank).control
+    obey, node._obey = node._obey, lambda control: None
+    stage.controller.say()  # the same again, for whoever listens already
+    await eventually(lambda: node.control is not before)
+    return lambda: setattr(node, "_obey", obey)
 
 
 def breaks(learner: Living, call: int, *, after: bool = False) -> None:
@@ -323,6 +342,7 @@ async def test_actors_are_told_how_many_have_played(on_stage: OnStage) -> None:
         await stage.send(1, seed=1, version=0)
         await stage.updated(1)
         await eventually(lambda: all(each[-1] == Tally(2, 0, 2) for each in told))
+        assert all(before != after for each in told for before, after in pairwise(each))
         await stage.drained()
 
 
@@ -332,41 +352,46 @@ async def test_actors_are_told_how_many_have_played(on_stage: OnStage) -> None:
 @pytest.mark.parametrize("broken", [0, 1])
 async def test_what_broke_off_before_the_first_step_is_done_again(on_stage: OnStage, broken: int) -> None:
     """By the same batches, once: it comes to what one learner makes of them."""
-    async with on_stage(*REPLICAS, "algo.reduction=mean", "algo.lr=0.1") as stage:
+    settings = ("algo.reduction=mean", "algo.lr=0.1", "links.trajectories.window=4")
+    async with on_stage(*REPLICAS, *settings) as stage:
         await stage.form()
         one = stage.one()
         await stage.train(1)
         one.step(stage.whole(1))
         breaks(stage.learners[broken], 1)
-        await stage.send(seed=2, version=1)
-        await stage.send(seed=3, version=1)  # is ready, or under way too
+        for update in (2, 3, 4):  # some are under way, the others ready
+            await stage.send(seed=update, version=update - 1)
         await stage.broken(0, 1)
+        await eventually(lambda: all(len(node.failed) + len(node.ready) == 3 for node in map(stage.node, (0, 1))))
         assert [algo.updates for algo in stage.algos] == [1, 1]
         await stage.form()
-        await stage.updated(3)
+        await stage.updated(4)
         stage.assert_equal()
-        one.step(stage.whole(2))
-        one.step(stage.whole(3))
+        for update in (2, 3, 4):
+            one.step(stage.whole(update))
         for name, array in one.weights().items():
             np.testing.assert_allclose(stage.algo().weights()[name], array, rtol=1e-5, atol=1e-6)
-        assert {algo.env_steps for algo in stage.algos} == {3 * 2 * ROWS} == {one.env_steps}
+        assert {algo.env_steps for algo in stage.algos} == {4 * 2 * ROWS} == {one.env_steps}
         await stage.drained()
-        assert [stage.books(rank) for rank in range(2)] == [(3, {})] * 2
+        assert [stage.books(rank) for rank in range(2)] == [(4, {})] * 2
 
 
+@pytest.mark.parametrize("behind", [0, 1])
 @pytest.mark.parametrize(("call", "after"), [(1, False), (2, False), (3, False), (1, True), (2, True), (3, True)])
-async def test_what_broke_off_amid_several_steps_counts_once(on_stage: OnStage, call: int, after: bool) -> None:
+async def test_what_broke_off_amid_several_steps_counts_once(
+    on_stage: OnStage, call: int, after: bool, behind: int
+) -> None:
     """As far as anybody came with it; what is left of its passes is left out. Where nobody made a step it is done
     again."""
     async with on_stage(*PPO, "algo.advantage_norm=none") as stage:
         await stage.form()
         await stage.train(1)
-        breaks(stage.learners[1], call, after=after)
-        steps = call if after else call - 1  # that the first one makes
+        breaks(stage.learners[behind], call, after=after)
+        steps = call if after else call - 1  # that the other one makes
         await stage.send(seed=2, version=1)
-        await stage.broken(1)
+        await stage.broken(behind)
         if steps < 3:
-            await stage.broken(0)
+            await stage.broken(1 - behind)
         await stage.form()
         if not steps:
             await stage.updated(2)
@@ -378,6 +403,28 @@ async def test_what_broke_off_amid_several_steps_counts_once(on_stage: OnStage, 
         assert [(a.updates, a.gradient_steps, a.env_steps) for a in stage.algos] == [(3, 6 + steps, 6 * ROWS)] * 2
         await stage.drained()
         assert [stage.books(rank) for rank in range(2)] == [(3, {})] * 2
+
+
+async def test_what_was_under_way_behind_it_is_done_again(on_stage: OnStage) -> None:
+    """The first counts for the step that was made of it."""
+    free = ("links.trajectories.window=4", "algo.advantage_norm=none")
+    async with on_stage(*(setting for setting in PPO if setting not in LOCK_STEP), *free) as stage:
+        await stage.form()
+        breaks(stage.learners[1], 2)
+        go_on = threading.Event()
+        held = [stage.node(rank).submit(go_on.wait, PATIENCE_S) for rank in (0, 1)]
+        for seed in (1, 2):
+            await stage.send(seed=seed)
+        await eventually(lambda: all(len(stage.node(rank).training) == 2 for rank in (0, 1)))
+        go_on.set()
+        assert all(await asyncio.gather(*held))
+        await stage.broken(0, 1)
+        await stage.form()
+        await stage.updated(2)
+        stage.assert_equal()
+        assert [(a.updates, a.gradient_steps, a.env_steps) for a in stage.algos] == [(2, 1 + 3, 4 * ROWS)] * 2
+        await stage.drained()
+        assert [stage.books(rank) for rank in range(2)] == [(2, {})] * 2
 
 
 async def test_those_who_are_left_go_on_without_the_one_that_is_lost(on_stage: OnStage) -> None:
@@ -440,6 +487,7 @@ async def test_in_lock_step_a_batch_of_older_weights_is_refused(on_stage: OnStag
             await stage.train(update, 0)
         await stage.form(0, 1)
         stage.assert_equal()
+        await stage.publishes(1, Weights(env_steps=4 * ROWS, updates=3))  # its actor waits for such
         assert stage.learners[1].count("trajectories/evicted/stale") == 1
         await stage.send(1, seed=4, version=1)  # on its way meanwhile
         await stage.train(4)
@@ -470,6 +518,29 @@ async def test_a_new_life_takes_everything_from_the_others(on_stage: OnStage) ->
         await stage.drained()
 
 
+async def test_a_new_group_does_not_wait_for_all_batches(on_stage: OnStage) -> None:
+    """However many are ready: it is formed between two updates."""
+    async with on_stage(*REPLICAS, "links.trajectories.window=16") as stage:
+        await stage.form()
+        step = stage.algo().step
+
+        def slowly(*args: Any) -> Any:
+            time.sleep(0.02)
+            return step(*args)
+
+        stage.algo().step = slowly
+        for seed in range(16):
+            await stage.send(seed=seed)
+        await stage.updated(2)
+        group = await stage.say(1, 0)
+        await eventually(lambda: stage.in_group(0, group) or stage.node().made == 16)
+        assert stage.node().made < 16
+        await stage.updated(16)
+        stage.assert_equal()
+        assert stage.in_group(0, group)
+        await stage.drained()
+
+
 async def test_who_is_left_out_trains_no_more(on_stage: OnStage) -> None:
     async with on_stage(*REPLICAS) as stage:
         await stage.form()
@@ -489,6 +560,18 @@ async def test_who_hears_of_a_newer_life_of_itself_ends(on_stage: OnStage) -> No
         await stage.say(0, 1, **{"learner-1": epoch(2)})
         with pytest.raises(FencedError, match=r"^a newer life of learner-1 is in generation 2 of the learners$"):
             await stage.learners[1].task
+
+
+async def test_a_group_with_an_older_life_is_not_for_the_new_one(on_stage: OnStage) -> None:
+    async with on_stage(*REPLICAS, "nodes.learner.deadline=500ms", started=1) as stage:
+        stage.learners.append(stage.rig.start("learner-1", life=2, inline=False))
+        await stage.learners[1].running()
+        await stage.say(0, 1, **{"learner-1": epoch(1)})
+        await stage.broken(0)
+        assert stage.node(1).votes.group.generation == 0
+        await stage.form()
+        await stage.train(1)
+        await stage.drained()
 
 
 async def test_a_replica_that_another_is_unequal_to_ends(on_stage: OnStage) -> None:
@@ -524,18 +607,13 @@ async def test_a_confirmation_holds_all_still(on_stage: OnStage) -> None:
         await stage.train(1)
         await stage.send(0, seed=2, version=1)
         await eventually(lambda: stage.node(1).votes.done(2) == 1)
-        quiet: list[bool] = []
-        node, publish = stage.node(), stage.node().trainer.publish
-
-        def spy(snapshot: Any, confirm: int = 0) -> None:
-            if confirm:
-                quiet.append(node.votes.quiet(node.made + 1) and not node.training)
-            publish(snapshot, confirm)
-
-        node.trainer.publish = spy
+        restore = await deaf(stage, 1)
         stage.controller.say(phase="confirm", confirm=3)
-        await eventually(lambda: (said := published(stage.weights[0])) and said.confirm == 3)
-        assert quiet == [True]
+        await eventually(lambda: stage.node().votes.mine.held)
+        await asyncio.sleep(0.1)
+        assert not any(weights.confirm for weights in stage.published(0))
+        restore()
+        await stage.publishes(0, Weights(env_steps=2 * ROWS, updates=1, confirm=3))
         await stage.send(1, seed=2, version=1)
         await eventually(lambda: stage.node(1).ready)
         await asyncio.sleep(0.05)
@@ -562,10 +640,34 @@ async def test_a_confirmation_waits_for_what_was_promised(on_stage: OnStage) -> 
         assert stage.weights[0].latest() is None
         go_on.set()
         assert await held
-        said = await eventually(lambda: (said := published(stage.weights[0])) and said.confirm == 3 and said)
-        assert said == Weights(env_steps=2 * 2 * ROWS, updates=2, confirm=3)
-        assert [algo.updates for algo in stage.algos] == [2, 2]
+        await stage.publishes(0, Weights(env_steps=2 * 2 * ROWS, updates=2, confirm=3))
+        await stage.updated(2)
+        stage.assert_equal()
         await stage.drained()
+
+
+async def test_a_promise_to_a_group_that_failed_binds_nobody(on_stage: OnStage) -> None:
+    """Who holds still meanwhile does so in the next group, with its batch in hand."""
+    async with on_stage(*REPLICAS) as stage:
+        await stage.form()
+        await stage.train(1)
+        breaks(stage.learners[1], 1)
+        go_on = threading.Event()
+        held = stage.node(1).submit(go_on.wait, PATIENCE_S)
+        await stage.send(seed=2, version=1)
+        await eventually(lambda: all(stage.node(rank).training for rank in range(2)))
+        stage.controller.say(phase="confirm", confirm=3)
+        await eventually(lambda: all(stage.node(rank).control.confirm == 3 for rank in range(2)))
+        go_on.set()
+        assert await held
+        await stage.broken(0, 1)
+        await stage.form()
+        await stage.publishes(0, Weights(env_steps=2 * ROWS, updates=1, confirm=3))
+        stage.controller.say(phase="run")
+        await stage.updated(2)
+        stage.assert_equal()
+        await stage.drained()
+        assert [stage.books(rank) for rank in range(2)] == [(2, {})] * 2
 
 
 @pytest.mark.parametrize("rule", ["free", "lock-step"])
@@ -614,17 +716,16 @@ async def test_others_hear_the_leader(on_stage: OnStage) -> None:
     """Those who have no actors of their own publish only once they lead, and at once then."""
     async with on_stage("nodes.learner={count: 2, device: cpu, deadline: 20s}") as stage:
         await stage.form()
-        await stage.train(1)
-        first, second = [await eventually(lambda rank=rank: published(stage.weights[rank])) for rank in (0, 1)]
-        assert (first.updates, second.updates) == (1, 0)
-        await stage.train(2)
-        assert await eventually(lambda: published(stage.weights[0])) == Weights(env_steps=4 * ROWS, updates=2)
-        assert published(stage.weights[1]) is None
+        await stage.publishes(1, Weights(env_steps=0, updates=0))
+        for update in (1, 2):
+            await stage.train(update)
+        await stage.publishes(0, Weights(env_steps=4 * ROWS, updates=2))
+        assert stage.weights[1].latest() is None
         await stage.form(1, 0)
-        assert await eventually(lambda: published(stage.weights[1])) == Weights(env_steps=4 * ROWS, updates=2)
+        await stage.publishes(1, Weights(env_steps=4 * ROWS, updates=2))
         await stage.train(3)
-        assert await eventually(lambda: published(stage.weights[1])) == Weights(env_steps=6 * ROWS, updates=3)
-        assert published(stage.weights[0]) is None
+        await stage.publishes(1, Weights(env_steps=6 * ROWS, updates=3))
+        assert stage.weights[0].latest() is None
         await stage.drained()
 
 
@@ -635,7 +736,7 @@ async def test_who_joins_publishes_what_it_has_become(on_stage: OnStage) -> None
         for update in (1, 2):
             await stage.train(update, 0)
         await stage.form(0, 1)
-        assert await eventually(lambda: (said := published(stage.weights[1])) and said.updates) == 2
+        await stage.publishes(1, Weights(env_steps=2 * ROWS, updates=2))
         await stage.train(3)
         await stage.drained()
 
