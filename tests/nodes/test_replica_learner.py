@@ -422,8 +422,8 @@ async def test_what_was_under_way_behind_it_is_done_again(on_stage: OnStage) -> 
         await stage.form()
         await stage.updated(2)
         stage.assert_equal()
-        assert [(a.updates, a.gradient_steps, a.env_steps) for a in stage.algos] == [(2, 1 + 3, 4 * ROWS)] * 2
         await stage.drained()
+        assert [(a.updates, a.gradient_steps, a.env_steps) for a in stage.algos] == [(2, 1 + 3, 4 * ROWS)] * 2
         assert [stage.books(rank) for rank in range(2)] == [(2, {})] * 2
 
 
