@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 
 from ddrl_bus.errors import WireError
-from ddrl_bus.messages import Control, Evaluation, Progress, Trajectory, Weights, fields_of, parse
+from ddrl_bus.messages import (
+    Control,
+    Evaluation,
+    Group,
+    Progress,
+    Replica,
+    Tally,
+    Trajectory,
+    Vote,
+    Weights,
+    fields_of,
+    parse,
+)
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.wire import Message
 
@@ -24,6 +36,7 @@ PROGRESS = Progress(
     counters={"env_steps": 640, "trajectories/actor-0@1>learner-0@1/produced": 2**62},
     gauges={"credit": 2.0, "version": 7},
 )
+GROUP = Group(generation=7, members={"learner-1": 2**63, "learner-0": 3}, store="[::1]:4711")
 SAID = [
     Trajectory(learner_epoch=2**63, returns=[1.5, 500.0], lengths=[2, 500]),
     Trajectory(learner_epoch=1, returns=[], lengths=[]),
@@ -33,6 +46,11 @@ SAID = [
     replace(PROGRESS, evaluation=EVALUATION, done="steps", error="EnvError: fell over"),
     Control(),
     Control("drain", 2, ["actor-0", "evaluator-0"], "reward"),
+    Control(group=GROUP),
+    replace(PROGRESS, replica=Replica("[::1]:4712")),
+    replace(PROGRESS, replica=Replica("[::1]:4712", GROUP, broken=6)),
+    Vote(generation=7, ready=9, rows=40, held=True, digests=[(8, -(2**63)), (9, 2**63 - 1)]),
+    Tally(update=9, done=2, workers=3),
 ]
 
 
@@ -65,6 +83,9 @@ def test_another_kind_is_refused() -> None:
         (PROGRESS, {"evaluation": {"mean_return": 1.0}}),
         (Control(), {"phase": "explode"}),
         (Control(), {"draining": {"actor-0": True}}),
+        (Control(), {"group": {"generation": 1, "members": ["learner-0"], "store": "here:1"}}),
+        (PROGRESS, {"replica": {"group": None}}),
+        (Vote(1, 1, 1, held=False), {"digests": [[1]]}),
     ],
     ids=str,
 )
@@ -80,3 +101,12 @@ def test_a_missing_field_is_refused(name: str) -> None:
     del fields[name]
     with pytest.raises(WireError, match=r"^fields: trajectory: "):
         parse(Trajectory, sent(Trajectory.KIND, fields))
+
+
+def test_members_arrive_in_the_order_of_their_ranks() -> None:
+    group = parse(Control, sent(Control.KIND, fields_of(Control(group=GROUP)))).group
+    told = parse(Progress, sent(Progress.KIND, fields_of(replace(PROGRESS, replica=Replica("here:1", GROUP))))).replica
+    assert group is not None
+    assert told is not None
+    assert told.group is not None
+    assert list(group.members) == list(told.group.members) == ["learner-1", "learner-0"]
