@@ -19,9 +19,8 @@ def test_the_least_time_of_an_update(case: Case, rollouts: float) -> None:
 
 
 @pytest.mark.parametrize("preempt", [0.0, 0.6])
-def test_nobody_is_told_of_others_where_nobody_is_stopped(preempt: float, tmp_path: Path) -> None:
+def test_the_plan_is_of_the_case(preempt: float, tmp_path: Path) -> None:
     plan = preemption._plan(Case(SLOWER, preempt), tmp_path)
-    assert ("tally" in plan.links) is (preempt > 0)
     assert (plan.algo.preempt, plan.algo.preempt_after) == (preempt, preemption.LEAST)
     assert len(plan.process("worker-3")) == 2
 
