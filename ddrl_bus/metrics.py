@@ -81,7 +81,7 @@ def shares(counters: Mapping[str, int], before: Mapping[str, int] | None = None)
         what: counters.get(f"time/{what}", 0) - before.get(f"time/{what}", 0)
         for what in (*WORK, *COMMUNICATION, *WAITS, "idle")
     }
-    spent["learn"] -= spent["all_reduce"]
+    spent["learn"] = max(0, spent["learn"] - spent["all_reduce"])  # an update counts as learnt once it is over
     waited = sum(spent[what] for what in WAITS)
     spent["handoff"] = max(0, spent.pop("idle") - waited)
     busy = sum(spent.values()) - waited
