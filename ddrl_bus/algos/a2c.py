@@ -13,9 +13,7 @@ slightly newer one is differentiated; `log_eps` keeps log π finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ddrl_bus.algos import policy_gradient, returns
 from ddrl_bus.algos.base import Batch
@@ -53,10 +51,7 @@ class A2CConfig(PolicyGradientConfig):
 class A2C(PolicyGradient[A2CConfig]):
     name = "a2c"
     Config = A2CConfig
-    wiring: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 1, "max_lag": 0},
-        "weights": {"kind": "latest", "from": "learner", "to": ["actor", "evaluator"]},
-    }
+    wiring = policy_gradient.LOCK_STEP
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         config = self.config

@@ -132,7 +132,7 @@ class Appo(PolicyGradient[AppoConfig]):
         loss = policy_loss + config.value_cost * value_loss - config.entropy_cost * entropy
         if config.kl_target:
             loss = loss + self.kl.cost * kl
-            self._measured_kl = kl.detach().mean()
+            self._measured_kl = kl.detach()
         return policy_gradient.reduced(loss, config), {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
@@ -147,6 +147,6 @@ class Appo(PolicyGradient[AppoConfig]):
 
     def _adapt_kl_cost(self) -> None:
         """On the device: looking at the number would wait for the update."""
-        relative = self._measured_kl / self.config.kl_target
+        relative = self.pooled_mean(self._measured_kl) / self.config.kl_target
         self.kl.cost *= torch.where(relative > 2, 1.5, torch.where(relative < 0.5, 0.5, 1.0))
         self.kl.cost.clamp_(1e-4, 1e4)  # from 0 it would never come back

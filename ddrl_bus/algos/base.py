@@ -270,6 +270,11 @@ class Algorithm(ABC, Generic[ConfigT]):
             self.all_reduce(sums := sums.clone())
         return sums
 
+    def pooled_mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Over the rows of all replicas, which so agree on what follows from it."""
+        total, n = self.pooled(torch.stack([x.sum(), torch.ones_like(x).sum()]))
+        return torch.div(total, n)
+
     def _pool_gradients(self, rows: int) -> None:
         """Makes the gradients that the parameters hold, of the loss over `rows` of ours, those of the loss over the
         rows of all replicas; in one piece, for many small ones take longer."""

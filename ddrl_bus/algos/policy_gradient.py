@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from numpy.typing import NDArray
 
@@ -17,6 +17,11 @@ from ddrl_bus.algos.numpy_heads import NumpyHeads, PolicyHeads
 from ddrl_bus.algos.policy import Explore
 from ddrl_bus.algos.spaces import Spaces
 
+LOCK_STEP: Final[Mapping[str, Mapping[str, object]]] = {
+    "trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 1, "max_lag": 0},
+    "weights": {"kind": "latest", "from": "learner", "to": ["actor", "evaluator"]},
+}
+"""The wiring of rules that learn from their newest policy alone: a round of all actors, an update, new weights."""
 ConfigT = TypeVar("ConfigT", bound=PolicyGradientConfig)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
@@ -91,10 +91,7 @@ class Ppo(PolicyGradient[PpoConfig]):
 
     name = "ppo"
     Config = PpoConfig
-    wiring: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 1, "max_lag": 0},
-        "weights": {"kind": "latest", "from": "learner", "to": ["actor", "evaluator"]},
-    }
+    wiring = policy_gradient.LOCK_STEP
 
     def __init__(self, config: PpoConfig, spaces: Spaces, *, seed: int, device: str = "cpu") -> None:
         super().__init__(config, spaces, seed=seed, device=device)
@@ -127,7 +124,7 @@ class Ppo(PolicyGradient[PpoConfig]):
         config = self.config
         batch = self._with_advantages(batch)
         for epoch in range(config.epochs):
-            if epoch and config.kl_stop and self._mean(self._kl) > config.kl_stop:
+            if epoch and config.kl_stop and float(self.pooled_mean(self._kl)) > config.kl_stop:  # waits for a GPU
                 return
             minibatches = self._minibatches(batch)
             yield from self._normalised(minibatches) if config.advantage_norm == "minibatch" else minibatches
@@ -194,11 +191,6 @@ class Ppo(PolicyGradient[PpoConfig]):
             normal = (x - total / n) / (variance.clamp(min=0).sqrt() + 1e-8)
             normalised.append(replace(batch, record=batch.record | {"advantage": normal.float()}))
         return normalised
-
-    def _mean(self, x: torch.Tensor) -> float:
-        """Over the rows of all replicas, which so agree; to read it waits for a GPU."""
-        total, n = self.pooled(torch.stack([x.sum(), torch.ones_like(x).sum()]))
-        return float(total / n)
 
 
 def _of_columns(batch: Batch, columns: torch.Tensor) -> Batch:

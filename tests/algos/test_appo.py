@@ -147,6 +147,15 @@ def test_the_kl_penalty_adapts(kl: float, factor: float) -> None:
     assert float(learner.kl.cost) == factor
 
 
+def test_replicas_adapt_the_kl_penalty_alike() -> None:
+    """By the mean over all their rows: .021, of which ours is .004."""
+    learner = Appo(config(kl_target=0.01), DISCRETE, seed=0)
+    learner.all_reduce = lambda sums: sums.add_(torch.tensor([0.038, 1.0]))
+    for _ in learner.passes(make_batch().to("cpu")):
+        learner._measured_kl = torch.tensor(0.004)
+    assert float(learner.kl.cost) == 1.5
+
+
 def test_no_penalty_no_adapting() -> None:
     learner = Appo(config(), DISCRETE, seed=0)
     learner.step(make_batch())
