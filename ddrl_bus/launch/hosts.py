@@ -82,10 +82,25 @@ def can_join(plan: Plan) -> bool:
     return address is not None and (plan.links["progress"].insecure or not leaves(address))
 
 
+def check_can_join(plan: Plan) -> None:
+    """Raises: UsageError, where the head cannot send its topology; says what to type instead."""
+    if not can_join(plan):
+        lines = "; ".join(
+            f"on {host}: ddrl-node -t TOPO --host {host}" for host in hosts_of(plan) if host != head_of(plan)
+        )
+        raise UsageError(
+            f"{plan.name}: the head would send its topology, in the open; copy it to the others and type {lines}"
+        )
+
+
 def join_words(plan: Plan, host: str) -> list[str]:
-    """Arguments of `ddrl-node` on a host that is not the head."""
-    assert plan.join_address is not None
-    return ["--join", plan.join_address, "--host", host]
+    """Arguments of `ddrl-node` on a host that is not the head.
+
+    Raises:
+        UsageError: the head cannot send it the topology.
+    """
+    check_can_join(plan)
+    return ["--join", str(plan.join_address), "--host", host]
 
 
 class Missing:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from ddrl_bus.errors import UsageError
-from ddrl_bus.launch.hosts import address_of, can_join, head_of, hosts_of, join_words
+from ddrl_bus.launch.hosts import address_of, head_of, hosts_of, join_words
 from ddrl_bus.topology import Plan
 
 OPTIONS: Final = {
@@ -41,18 +41,13 @@ class Far:
         """Process name → command, for every host but this one.
 
         Raises:
-            UsageError: there are no others, or this is not the head.
+            UsageError: there are no others, this is not the head, or it cannot send them the topology.
         """
         others = [host for host in hosts_of(plan) if host != here]
         if not others:
             raise UsageError(f"{plan.name} has one host only; --ssh is for starting others")
         if here != head_of(plan):
             raise UsageError(f"this machine is {here}; start with --ssh on the head, {head_of(plan)}")
-        if not can_join(plan):
-            lines = "; ".join(f"on {host}: ddrl-node -t TOPO --host {host}" for host in others)
-            raise UsageError(
-                f"--ssh has the head send its topology, in the open; copy it to the others and type {lines}"
-            )
         return {f"ssh {host}": self._ssh(plan, host) for host in others}
 
     def _ssh(self, plan: Plan, host: str) -> Sequence[str]:

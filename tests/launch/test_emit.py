@@ -18,6 +18,7 @@ import pytest
 from ruamel.yaml import YAML
 from runs import eventually
 
+from ddrl_bus import keys
 from ddrl_bus.errors import SecurityError, UsageError
 from ddrl_bus.launch.catalog import catalog
 from ddrl_bus.launch.emit import ENGINES, Options
@@ -49,6 +50,17 @@ def only(files: dict[str, str]) -> str:
 def needs(tool: str) -> Any:
     """Skips where the tool is missing, but not in CI, which installs it."""
     return pytest.mark.skipif(not shutil.which(tool) and not CI, reason=f"needs {tool}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_engine_is_told_to_join_where_links_are_encrypted(
+    engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DDRL_KEYS", str(tmp_path))
+    for host in ("gpu0", "cpu1", "ddrl-two-hosts-gpu0"):
+        keys.allow(keys.Entry(host, keys.new(host), frozenset()))
+    with pytest.raises(UsageError, match="in the open; copy it to the others and type on cpu1"):
+        ENGINES[engine](two_hosts("insecure=false"), OPTIONS)
 
 
 # ── all of them ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch.catalog import catalog
-from ddrl_bus.launch.hosts import head_of, hosts_of, join_words
+from ddrl_bus.launch.hosts import check_can_join, head_of, hosts_of, join_words
 from ddrl_bus.topology import Plan, load_text
 
 Files = dict[str, str]
@@ -38,11 +38,14 @@ def placed(plan: Plan, addresses: Mapping[str, str]) -> Plan:
 
     Raises:
         SecurityError: links that were inside one machine would leave theirs in the open.
+        UsageError: the head cannot send the others its topology.
     """
     if len(hosts_of(plan)) == 1:
         return plan
     lock = dataclasses.replace(plan, hosts={**plan.hosts, **addresses}).lock()
-    return load_text(lock, f"{plan.name} with the addresses that the engine gives its hosts", catalog=catalog())
+    found = load_text(lock, f"{plan.name} with the addresses that the engine gives its hosts", catalog=catalog())
+    check_can_join(found)
+    return found
 
 
 def labels(plan: Plan) -> dict[str, str]:
