@@ -88,9 +88,11 @@ class Actor(Node):
     async def _fresh_weights(self) -> bool:
         """Wait for weights newer than the last ones taken; False if the node drains first."""
         with self.clocks["weights_wait"]:
-            message = await self.until(self.weights.next(), self.draining)
-        self.newest = message or self.newest
-        return message is not None
+            while message := await self.until(self.weights.next(), self.draining):
+                self.newest = message
+                if (message.epoch, parse(Weights, message).updates) != (self.learner_epoch, self.version):
+                    return True  # else they were published once more, to be confirmed
+        return False
 
     async def _send(self, played: Played) -> bool:
         """Hand the unroll over; False if the node drains while nobody has room for it."""

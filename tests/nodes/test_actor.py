@@ -34,10 +34,10 @@ class Stage:
         self.trajectories: Receiver = rig.receiver("learner-0")
         self.actor: Living = rig.start("actor-0")
 
-    def publish(self, updates: int) -> None:
+    def publish(self, updates: int, again: int = 0) -> None:
         arrays = net()
         arrays["torso.0.weight"] = np.zeros((8, 2), np.float32)
-        publish_weights(self.weights, updates, arrays)
+        publish_weights(self.weights, 2 * updates + again, arrays, updates=updates, env_steps=40 * updates)
 
     async def unrolls(self, n: int) -> list[Message]:
         async with asyncio.timeout(20):
@@ -136,6 +136,7 @@ async def test_lock_step_plays_no_weights_twice(on_stage: OnStage) -> None:
         for version in range(4):
             stage.publish(version)
             versions += [int(message.arrays["version"][0]) for message in await stage.unrolls(1)]
+            stage.publish(version, again=1)  # as for a confirmation
             await asyncio.sleep(0.02)
             assert stage.trajectories.try_recv() is None
         await stage.actor.drained()

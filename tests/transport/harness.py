@@ -28,7 +28,7 @@ LARGE = Layout("unroll", {"v": ("int64", (20_000,))})  # 160 KB: leaves the send
 WAIT_S = 10.0
 """Nothing here takes that long; whatever does has hung."""
 
-_ports = count(20_000 + os.getpid() % 6_000 * 2, 2)
+_ports = count(20_000 + os.getpid() % 60 * 200, 2)  # processes that test side by side have ports of their own
 
 
 def numbered(number: int, layout: Layout = SMALL) -> Arena:
