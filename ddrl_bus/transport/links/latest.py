@@ -15,7 +15,7 @@ from ddrl_bus.errors import WireError
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.base import Backend, SocketKind
 from ddrl_bus.transport.links.end import End, Host, subscription, topic
-from ddrl_bus.transport.sessions.latest import BEACON_EVERY_S, LatestPublisher, LatestSubscriber
+from ddrl_bus.transport.sessions.latest import BEACON_EVERY_S, LatestPublisher, LatestSubscriber, Version
 from ddrl_bus.transport.wire import Arena, Buffer, Message
 
 ALL: Final = b"A"
@@ -41,11 +41,18 @@ class Publisher(End):
         """
         self._ensure_open()
         began = perf_counter_ns()
-        value = arena.encode(self._node, self._epoch, number, fields)
-        chunks = self._core.publish((self._epoch, number), value)
-        for chunk in chunks:
-            self._socket.send(ALL, msgpack.packb(chunk.head), chunk.body)
+        self.relay((self._epoch, number), arena.encode(self._node, self._epoch, number, fields))
         self._encode_ns.add(perf_counter_ns() - began)
+
+    def relay(self, version: Version, value: memoryview) -> None:
+        """Replace the value by a frame as somebody else published it, under the version it has from there.
+
+        Raises:
+            ValueError: `version` is not newer than the last one.
+        """
+        self._ensure_open()
+        for chunk in self._core.publish(version, value):
+            self._socket.send(ALL, msgpack.packb(chunk.head), chunk.body)
         self._messages.add()
         self._bytes.add(len(value))
 
@@ -76,6 +83,7 @@ class Subscriber(End):
         self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
         self._decode_ns, self._superseded = self._counter("decode_ns"), self._counter("superseded")
         self._fresh: Message | None = None
+        self._value = memoryview(b"")
         self._own = topic(b"S", self._node, self._epoch)
         self._socket = self._open(backend, SocketKind.SUB, self._on_message, connect=[address])
         self._socket.subscribe(ALL)
@@ -97,6 +105,11 @@ class Subscriber(End):
             await self._signal.wait()
         message, self._fresh = self._fresh, None
         return message
+
+    async def next_value(self) -> tuple[Version, memoryview]:
+        """As `next`, but the frame as it was published, under its version: to be published again elsewhere."""
+        message = await self.next()
+        return (message.epoch, message.seq), self._value
 
     def _on_message(self, parts: list[Buffer]) -> None:
         began = perf_counter_ns()
@@ -128,7 +141,7 @@ class Subscriber(End):
         if complete is None:
             return None
         version, value = complete
-        message = wire.decode(value)
+        message, self._value = wire.decode(value), value
         if (message.epoch, message.seq) != version:
             raise WireError("torn", f"value of version {(message.epoch, message.seq)} sent as {version}")
         return message
