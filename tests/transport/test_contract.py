@@ -14,6 +14,7 @@ from harness import LARGE, SMALL, WAIT_S, Net, fill, number_of, numbered, send, 
 from ddrl_bus.errors import AddressInUseError, FencedError, LinkClosedError, RemoteError, UnreachableError, UsageError
 from ddrl_bus.transport.links import Client, Receiver, Request, Server, Subscriber
 from ddrl_bus.transport.sessions import queue, request
+from ddrl_bus.transport.shared import kept
 from ddrl_bus.transport.wire import Arena, Codec, Layout, Message
 
 SIZES = pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
@@ -408,7 +409,7 @@ async def test_an_end_cannot_mix_memory_with_a_network(net: Net) -> None:
 
 async def _next(subscriber: Subscriber) -> tuple[int, int]:
     async with asyncio.timeout(WAIT_S):
-        message = await subscriber.next()
+        message = kept(await subscriber.next())
     assert number_of(message) == message.seq
     return message.epoch, message.seq
 
@@ -472,7 +473,7 @@ async def test_a_publisher_restart_wins_by_its_epoch_and_an_older_one_is_ignored
     net.kill("publisher", 2)
     zombie = net.publisher(epoch=1)
     zombie.publish(99, numbered(99), {"i": 99})
-    await until(lambda: net.count("publisher", "weights", "snapshots", epoch=1))  # it was served, and refused it
+    await until(lambda: net.count("publisher", "weights", "questions", epoch=1))  # it hears what we hold
     zombie.publish(100, numbered(100), {"i": 100})
     net.kill("publisher", 1)
     publisher = net.publisher(epoch=3)
