@@ -187,7 +187,9 @@ class SharedSlots:
 
     def _frame(self) -> tuple[memoryview, int]:
         """The newest slot that is not being written."""
-        generation = max(g for g in self._headers[:, 0].tolist() if g % 2 == 0)
+        generation = max((g for g in self._headers[:, 0].tolist() if g % 2 == 0), default=0)
+        if not generation:
+            raise WireError("shared", "no slot holds a value")
         slot = generation // 2 % SLOTS
         size = int(self._headers[slot, 1])
         return self._slots[slot, ALIGN:][:size].data, generation

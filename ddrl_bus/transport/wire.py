@@ -79,8 +79,8 @@ Array: TypeAlias = npt.NDArray[Any]
 Spec: TypeAlias = tuple[str, tuple[int, ...]]
 """dtype name and shape of one array."""
 Buffer: TypeAlias = bytes | memoryview
-Codec: TypeAlias = Literal["auto", "none", "lz4"]
-"""How the arenas of a link travel; auto: LZ4 where `Layout.compressible`."""
+Codec: TypeAlias = Literal["auto", "none", "lz4", "delta"]
+"""How the arenas of a link travel; auto: LZ4 where `Layout.compressible`; delta: as differences, on a `latest`."""
 
 _PREFIX: Final = struct.Struct("<4sBBHII")
 _HEAD_ROOM: Final = 512

@@ -823,8 +823,8 @@ class SubscriberLife(Life):
 
 
 class LatestSimulation(World):
-    """One publisher and some subscribers of one `latest` link, who fetch or are told. `latest.CHUNK` and `WINDOW` should
-    be patched to something small."""
+    """One publisher and some subscribers of one `latest` link, who fetch or are told. `latest.CHUNK` and `WINDOW`
+    should be patched to something small."""
 
     publisher_core: type[LatestPublisher] = LatestPublisher
     subscriber_core: type[LatestSubscriber] = LatestSubscriber

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgpack
 
@@ -32,7 +32,7 @@ from ddrl_bus.transport.sessions.latest import (
     Version,
 )
 from ddrl_bus.transport.shared import SharedSlots, SlotWriter
-from ddrl_bus.transport.wire import Arena, Buffer, Message
+from ddrl_bus.transport.wire import Arena, Buffer, Codec, Message
 
 ALL: Final = b"A"
 """The topic of what goes to every subscriber of this host; each has one of its own."""
@@ -54,9 +54,7 @@ class Publisher(End):
         codec: delta: who fetches gets what is different from what it holds, compressed.
     """
 
-    def __init__(
-        self, host: Host, backend: Backend, link: str, binds: Sequence[str], codec: Literal["none", "delta"] = "none"
-    ) -> None:
+    def __init__(self, host: Host, backend: Backend, link: str, binds: Sequence[str], codec: Codec = "auto") -> None:
         super().__init__(host, link)
         self._core = LatestPublisher(differences=codec == "delta")
         self._messages, self._encode_ns = self._counter("messages_out"), self._counter("encode_ns")

@@ -289,7 +289,7 @@ class LatestSubscriber:
 
     def took(self, version: Version, value: memoryview | None, now: float) -> None:
         """It holds an announced value; None: where it may be overwritten."""
-        if self._partial is not None and not self._partial.base == NOTHING:
+        if self._partial is not None and self._partial.base != NOTHING:
             self._partial, self._lost = None, True  # it built on what was held
         self._hold(version, value, now)
 
