@@ -198,7 +198,7 @@ async def test_a_replica_that_differs_fails_and_says_since_when(folder: Path) ->
             await asyncio.to_thread(eventually, lambda: getattr(victim, "made", 0) >= 3, "training")
             update = await victim.compute(differ)
 
-    with run_dir.sockets(plan), pytest.raises(ExceptionGroup) as raised:
+    with run_dir.sockets(plan, "local"), pytest.raises(ExceptionGroup) as raised:
         await live()
     error = raised.value.exceptions[0]
     assert isinstance(error, DivergedError)

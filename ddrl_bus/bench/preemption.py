@@ -149,7 +149,7 @@ def _processes(case: Case, plan: Plan, folder: Path) -> Iterator[dict[str, Spawn
     spawn = multiprocessing.get_context("spawn")
     names = sorted({each.process for each in plan.nodes.values()})
     processes = {name: spawn.Process(target=_live, args=(name, case, folder)) for name in names}
-    with run_dir.sockets(plan):
+    with run_dir.sockets(plan, "local"):
         for process in processes.values():
             process.start()
         try:

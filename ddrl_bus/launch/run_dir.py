@@ -204,12 +204,15 @@ def held(run_dir: Path, host: str) -> Iterator[None]:
 
 
 @contextmanager
-def sockets(plan: Plan) -> Iterator[None]:
+def sockets(plan: Plan, host: str) -> Iterator[None]:
     """Keep the folder of the run's ipc sockets, for as long as nodes of this host may use it."""
+    from ddrl_bus.transport import shared  # numpy, which most commands do without
+
     make_private(plan.ipc_dir)
     try:
         yield
     finally:
+        shared.remove(plan.ipc_dir, (node.name for node in plan.nodes.values() if node.host == host))
         if len({node.host for node in plan.nodes.values()}) == 1:  # hosts may share a machine
             shutil.rmtree(plan.ipc_dir, ignore_errors=True)
 

@@ -215,7 +215,7 @@ def _supervised(
     """Args: `lines` and `remotes` are as of the supervisor."""
     from ddrl_bus.launch.local import Supervisor
 
-    with run_dir.held(folder, host), run_dir.sockets(plan):
+    with run_dir.held(folder, host), run_dir.sockets(plan, host):
         _forget_the_end(folder)
         with display() as shown:
             for note in (f"run {folder}", *(f"on {other}:  {line}" for other, line in (lines or {}).items())):

@@ -27,6 +27,7 @@ from ddrl_bus.nodes.base import Node, places
 from ddrl_bus.nodes.env_faults import EnvFaults
 from ddrl_bus.nodes.leader import weights_of
 from ddrl_bus.nodes.preemption import preempted
+from ddrl_bus.transport.shared import read
 from ddrl_bus.transport.wire import Array, Message
 
 
@@ -131,10 +132,10 @@ class Actor(Node):
         if newest is None or newest is self.loaded:
             return
         with self.clocks["unpack"]:
-            weights = parse(Weights, newest)
-            self.policy.load(newest.arrays)
+            loaded = read(newest, lambda message: self.policy.load(message.arrays))
+            weights = parse(Weights, loaded)
             self.explore = self.explore._replace(env_steps=weights.env_steps)
-            self.loaded, self.version, self.learner_epoch = newest, weights.updates, newest.epoch
+            self.loaded, self.version, self.learner_epoch = newest, weights.updates, loaded.epoch
 
     def _unroll(self) -> Played:
         with self.clocks["pack"]:

@@ -249,7 +249,8 @@ class Node(ABC):
         return self.bus.receiver(link, port.binds, port.link.window, port.link.on_loss)
 
     def open_publisher(self, link: str) -> Publisher:
-        return self.bus.publisher(link, self._port(link).binds)
+        port = self._port(link)
+        return self.bus.publisher(link, port.binds, port.link.codec)
 
     def open_subscriber(self, link: str, publisher: str | None = None) -> Subscriber:
         """Towards this publisher; without one, towards the only one there is."""

@@ -43,7 +43,7 @@ class Evaluator(Node):
                 newest = await self.until(self._newest_when(due), self.draining)
             if newest is None:
                 return
-            await self._evaluate(newest)
+            await self._evaluate(newest.kept())
             due = loop.time() + self.options.every
 
     async def _newest_when(self, due: float) -> Published:

@@ -10,6 +10,7 @@ import numpy as np
 from ddrl_bus.algos.policy import Explore, Policy
 from ddrl_bus.messages import Actions, Weights, parse
 from ddrl_bus.nodes.groups import Group
+from ddrl_bus.transport.shared import read
 from ddrl_bus.transport.wire import Message
 
 
@@ -32,9 +33,9 @@ class Predictor:
         """Have the policy act once for all `groups`, by the newest weights."""
         if newest is not self._loaded:
             with self._unpack:
-                self.policy.load(newest.arrays)
-                weights = parse(Weights, newest)
-                self._loaded, self._by = newest, Actions(weights.updates, newest.epoch)
+                loaded = read(newest, lambda message: self.policy.load(message.arrays))
+                weights = parse(Weights, loaded)
+                self._loaded, self._by = newest, Actions(weights.updates, loaded.epoch)
                 self._env_steps = weights.env_steps
         with self._record:
             obs = np.concatenate([group.obs for group in groups])

@@ -23,6 +23,7 @@ from ddrl_bus.nodes.base import Node
 from ddrl_bus.nodes.leader import LeaderSubscriber, weights_of
 from ddrl_bus.topology.plan import Plan
 from ddrl_bus.transport.links import Subscriber
+from ddrl_bus.transport.shared import kept
 from ddrl_bus.transport.wire import Array, Message
 
 
@@ -61,6 +62,11 @@ class Published:
     weights: Weights
     epoch: int
     arrays: dict[str, Array]
+    slices: list[Message]
+
+    def kept(self) -> Published:
+        """These, or newer ones that have taken their place by now, to keep: what `Slices` has may be overwritten."""
+        return merged([kept(message) for message in self.slices])
 
 
 class Slices:
@@ -104,7 +110,7 @@ def merged(slices: list[Message]) -> Published:
         confirm=confirm.pop() if len(confirm) == 1 else 0,
     )
     arrays = {name: array for message in slices for name, array in message.arrays.items()}
-    return Published(counters, max(message.epoch for message in slices), arrays)
+    return Published(counters, max(message.epoch for message in slices), arrays, slices)
 
 
 # ── saved ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -28,7 +28,7 @@ from ddrl_bus.topology.schema import (
 from ddrl_bus.topology.tree import Plain, emit
 
 OnLoss = Literal["count", "resend"]
-Codec = Literal["auto", "none", "lz4"]
+Codec = Literal["auto", "none", "lz4", "delta"]
 TCP_PORTS: Mapping[LinkKind, int] = {"queue": 2, "latest": 1, "request": 1}  # a queue's second carries the credits
 
 
@@ -285,7 +285,7 @@ def _link(link: LinkPlan) -> dict[str, Any]:
     if link.kind == "queue":
         data |= {"window": link.window, "on_loss": link.on_loss}
         data |= {} if link.max_lag is None else {"max_lag": link.max_lag}
-        data |= {} if link.codec == "auto" else {"codec": link.codec}
+    data |= {} if link.codec == "auto" else {"codec": link.codec}
     return data | {"insecure": link.insecure}
 
 

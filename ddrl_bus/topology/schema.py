@@ -189,8 +189,9 @@ class LinkSettings(Section):
     """queue: what becomes of messages that a dead receiver had not acknowledged."""
     max_lag: int | None = Field(None, ge=0, lt=2**63)
     """queue: how many versions behind the learner an unroll may have been made; 0 is lock-step."""
-    codec: Literal["none", "lz4"] | None = None
-    """queue: how large arrays travel; default: compressed where that pays."""
+    codec: Literal["none", "lz4", "delta"] | None = None
+    """queue: how large arrays travel, none or lz4; default: compressed where that pays. latest: delta sends to other
+    hosts what differs from what they hold; default: none."""
     insecure: bool | None = None
     """Lets this link leave its machine in the open."""
 

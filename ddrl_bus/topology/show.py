@@ -47,7 +47,7 @@ def _terms(link: LinkPlan) -> str:
     if link.kind == "queue":
         terms += [f"window {link.window}", f"on_loss {link.on_loss}"]
         terms += [] if link.max_lag is None else [f"max_lag {link.max_lag}"]
-        terms += [] if link.codec == "auto" else [f"codec {link.codec}"]
+    terms += [] if link.codec == "auto" else [f"codec {link.codec}"]
     return ", ".join(terms + (["insecure"] if link.insecure else []))
 
 

@@ -25,7 +25,8 @@ from ddrl_bus.topology.schema import (
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 QUEUE_WINDOW = 2  # one unroll under way while the receiver reads the other
-QUEUE_ONLY = ("window", "on_loss", "max_lag", "codec")
+QUEUE_ONLY = ("window", "on_loss", "max_lag")
+CODECS = {"queue": ("none", "lz4"), "latest": ("none", "delta"), "request": ()}
 _UNWRITTEN = LinkSettings.model_validate({})
 
 
@@ -84,6 +85,10 @@ class Wiring:
             if getattr(settings, key) is not None:
                 at = node.find([key])
                 self.problems.add(at.key_at or at, dotted((*path, key)), f"only a queue has it; {name} is {rule}")
+        if settings.codec is not None and settings.codec not in (codecs := CODECS[rule.kind]):
+            expected = " or ".join(codecs) or "no codec"
+            message = f"got {came(settings.codec)}, expected {expected}: {name} is {rule}"
+            self.problems.add(node.find(["codec"]), dotted((*path, "codec")), message)
         sources = self._ends(_End(name, "from", rule, rule.sources), settings.sources, default.sources, node, nodes)
         targets = self._ends(_End(name, "to", rule, rule.targets), settings.targets, default.targets, node, nodes)
         window = settings.window or default.window or (QUEUE_WINDOW if rule.kind == "queue" else 1)

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import lz4.block
 import msgpack
@@ -32,6 +32,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ddrl_bus.errors import WireError
+
+if TYPE_CHECKING:
+    from ddrl_bus.transport.shared import SharedSlots
 
 if sys.byteorder != "little":  # pragma: no cover - arrays travel as they lie in memory
     raise ImportError("ddrl_bus sends arrays in little-endian memory order; this machine is big-endian")
@@ -76,8 +79,8 @@ Array: TypeAlias = npt.NDArray[Any]
 Spec: TypeAlias = tuple[str, tuple[int, ...]]
 """dtype name and shape of one array."""
 Buffer: TypeAlias = bytes | memoryview
-Codec: TypeAlias = Literal["auto", "none", "lz4"]
-"""How the arenas of a link travel; auto: LZ4 where `Layout.compressible`."""
+Codec: TypeAlias = Literal["auto", "none", "lz4", "delta"]
+"""How the arenas of a link travel; auto: LZ4 where `Layout.compressible`; delta: as differences, on a `latest`."""
 
 _PREFIX: Final = struct.Struct("<4sBBHII")
 _HEAD_ROOM: Final = 512
@@ -103,6 +106,8 @@ class Message:
     fields: dict[str, Any]
     arrays: dict[str, Array]
     nbytes: int
+    slots: SharedSlots | None = None
+    """Where the arrays lie if their writer may overwrite them: `shared.read` is for such, and for all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,18 +322,46 @@ def decode(frame: Buffer) -> Message:
 
 def _decompressed(block: memoryview, size: int) -> memoryview:
     """The arena of `size` bytes, aligned."""
+    arena = decompressed(block, size)
+    buffer = aligned(size)
+    buffer[:] = arena
+    return buffer
+
+
+def decompressed(block: memoryview, size: int) -> bytes:
+    """The `size` bytes of an LZ4 block.
+
+    Raises:
+        WireError: `codec`, it holds something else; nothing is allocated for what it cannot hold.
+    """
     if size > min(MAX_FRAME, _LZ4_RATIO * len(block)):
         raise WireError("codec", f"{len(block)} compressed bytes cannot stand for {size}")
     try:
-        arena: bytes = lz4.block.decompress(block, uncompressed_size=size)
+        found: bytes = lz4.block.decompress(block, uncompressed_size=size)
     except Exception as error:  # hostile bytes reach lz4 here, so every error of its is one refusal
         raise WireError("codec", f"{type(error).__name__}: {error}") from None
-    if len(arena) != size:
-        raise WireError("codec", f"decompressed to {len(arena)} bytes, its header says {size}")
+    if len(found) != size:
+        raise WireError("codec", f"decompressed to {len(found)} bytes, its header says {size}")
+    return found
+
+
+def aligned(size: int) -> memoryview:
+    """Room for a frame, or for an arena, at an address that is a multiple of 64."""
     buffer = np.empty(size + ALIGN, np.uint8)
     at = -buffer.__array_interface__["data"][0] % ALIGN
-    buffer.data[at : at + size] = arena
     return buffer.data[at : at + size]
+
+
+def head_size(frame: Buffer) -> int:
+    """Bytes of a frame before its arena.
+
+    Raises:
+        WireError: `truncated`, there are fewer.
+    """
+    size = int.from_bytes(frame[_PREFIX.size - 4 : _PREFIX.size], "little")
+    if not _PREFIX.size <= size <= len(frame):
+        raise WireError("truncated", f"{len(frame)} bytes, its arena begins at {size}")
+    return size
 
 
 def unpack(data: Buffer) -> Any:

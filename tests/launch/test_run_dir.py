@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ddrl_bus
@@ -14,6 +15,8 @@ from ddrl_bus.launch import run_dir
 from ddrl_bus.launch.catalog import load_lock
 from ddrl_bus.launch.start import plan_of
 from ddrl_bus.topology import Plan
+from ddrl_bus.transport import wire
+from ddrl_bus.transport.shared import MEMORY, SlotWriter
 
 
 @pytest.fixture
@@ -126,11 +129,24 @@ def test_one_supervisor_per_host_and_run(tmp_path: Path) -> None:
 
 def test_sockets_have_a_private_folder_that_goes_with_the_run(plan: Plan, tmp_path: Path) -> None:
     plan = dataclasses.replace(plan, ipc_dir=tmp_path / "ddrl-0" / "run")
-    with run_dir.sockets(plan):
+    with run_dir.sockets(plan, "local"):
         assert plan.ipc_dir.stat().st_mode & 0o777 == 0o700
         assert plan.ipc_dir.parent.stat().st_mode & 0o777 == 0o700
         (plan.ipc_dir / "learner-0.weights").touch()
     assert not plan.ipc_dir.exists()
+
+
+def test_what_a_killed_publisher_left_in_memory_goes_with_the_run(plan: Plan, tmp_path: Path) -> None:
+    plan = dataclasses.replace(plan, ipc_dir=tmp_path / "run")
+    value = wire.encode("weights", "learner-0", 1, 1, {}, {"w": np.zeros(10)})
+    with run_dir.sockets(plan, "local"):
+        name = SlotWriter(f"ipc://{plan.ipc_dir}/learner-0.weights", epoch=1).write(value)
+        other = SlotWriter(f"ipc://{plan.ipc_dir}/learner-00.weights", epoch=1)
+        assert (kept := other.write(value))
+    assert name
+    assert not (MEMORY / name).exists()
+    assert (MEMORY / kept).exists()  # nobody of this plan
+    other.close()
 
 
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:

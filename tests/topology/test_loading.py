@@ -289,9 +289,10 @@ def test_a_replay_fills_any_batch(tmp_path: Path) -> None:
     assert load_text(tmp_path, APEX, "algo.batch=4096", "links.trajectories.window=1").algo.batch == 4096
 
 
-def test_a_queue_may_name_its_codec(tmp_path: Path) -> None:
+def test_a_link_may_name_its_codec(tmp_path: Path) -> None:
     assert load_text(tmp_path, BASE).links["trajectories"].codec == "auto"
     assert load_text(tmp_path, BASE, "links.trajectories.codec=lz4").links["trajectories"].codec == "lz4"
+    assert load_text(tmp_path, BASE, "links.weights.codec=delta").links["weights"].codec == "delta"
 
 
 # ── variables ────────────────────────────────────────────────────────────────────────────────────────────────────

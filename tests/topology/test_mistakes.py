@@ -306,8 +306,21 @@ MISTAKES = {
         "evaluator is left out, but every evaluator holds an end of control",
     ),
     "no end": (BASE + LINKS.replace("to: [actor, evaluator]", "to: ‹[]"), "links.weights.to", "a name or a list"),
-    "codec": (BASE + LINKS.replace("{from", "{codec: ‹zip, from"), "links.trajectories.codec", "one of lz4, none"),
-    "codec of weights": (BASE + LINKS.replace("{to", "{‹codec: lz4, to"), "links.weights.codec", "only a queue has it"),
+    "codec": (
+        BASE + LINKS.replace("{from", "{codec: ‹zip, from"),
+        "links.trajectories.codec",
+        "one of delta, lz4, none",
+    ),
+    "codec of weights": (
+        BASE + LINKS.replace("{to", "{codec: ‹lz4, to"),
+        "links.weights.codec",
+        "got 'lz4', expected none or delta: weights is latest",
+    ),
+    "codec of unrolls": (
+        BASE + LINKS.replace("{from", "{codec: ‹delta, from"),
+        "links.trajectories.codec",
+        "got 'delta', expected none or lz4",
+    ),
     "no window": (BASE + LINKS.replace("{to", "{‹window: 2, to"), "links.weights.window", "only a queue has it"),
     "window": (BASE + LINKS.replace("{from", "{window: ‹0, from"), "links.trajectories.window", "at least 1"),
     "loss": (BASE + LINKS.replace("{from", "{on_loss: ‹drop, from"), "links.trajectories.on_loss", "count, resend"),
@@ -514,9 +527,9 @@ MISTAKES = {
         "got 0, expected more than 0",
     ),
     "codec of samples": (
-        APEX.replace("samples: {", "samples: {‹codec: lz4"),
+        APEX.replace("samples: {", "samples: {codec: ‹lz4"),
         "links.samples.codec",
-        "only a queue has it",
+        "got 'lz4', expected no codec: samples is request",
     ),
     "samples from an actor": (
         APEX.replace("samples: {", "samples: {from: ‹actor"),

@@ -265,7 +265,7 @@ def test_the_run_id_follows_the_content_unless_it_is_given(tmp_path: Path) -> No
         BASE.replace("impala", "impala, clip: null, lr: 1e-07") + "stop: {reward: .inf, time: 1h}\n",
         BASE + "links: {trajectories: {max_lag: 0, window: 1, on_loss: resend}, weights: {insecure: true}}\n",
         HEAD + "nodes: {evaluator: {count: 0}, b: {kind: actor, envs: 64}, a: {kind: actor}, learner: {}}\n",
-        BASE + "links: {trajectories: {codec: none}, weights: {}}\n",
+        BASE + "links: {trajectories: {codec: none}, weights: {codec: delta}}\n",
         A3C,
         GA3C.replace("inference: {}", "inference: {predictors: auto, wait: 2ms}"),
         SEED,

@@ -143,8 +143,8 @@ class Net:
     ) -> Sender:
         return self.bus(node, epoch).sender("data", {name: self.address(name) for name in to}, on_loss, codec)
 
-    def publisher(self, epoch: int = 1) -> Publisher:
-        return self.bus("publisher", epoch).publisher("weights", [self.address("publisher")])
+    def publisher(self, epoch: int = 1, codec: Codec = "auto") -> Publisher:
+        return self.bus("publisher", epoch).publisher("weights", [self.address("publisher")], codec)
 
     def subscriber(self, node: str = "subscriber", epoch: int = 1) -> Subscriber:
         return self.bus(node, epoch).subscriber("weights", self.address("publisher"))

@@ -20,12 +20,16 @@ from itertools import count
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from ddrl_bus.errors import WireError
+from ddrl_bus.transport import wire
 from ddrl_bus.transport.ledger import Balance, Ledger, audit
 from ddrl_bus.transport.sessions import latest, queue
-from ddrl_bus.transport.sessions.latest import Chunk, LatestPublisher, LatestSubscriber, Version
+from ddrl_bus.transport.sessions.latest import Ask, Chunk, LatestPublisher, LatestSubscriber, Version
 from ddrl_bus.transport.sessions.queue import ACCEPT, Lane, Probe, QueueReceiver, QueueSender
 from ddrl_bus.transport.sessions.request import RequestClient, RequestServer
+from ddrl_bus.transport.wire import Array
 
 PROGRESS_S = 25.0
 """After the last fault, every living end makes progress within this virtual time..."""
@@ -186,6 +190,9 @@ class Life:
     def poll(self) -> None:
         """Look after timers."""
 
+    def on_down(self) -> None:
+        """One of its connections broke."""
+
     def kill(self) -> None:
         self.world.note("kill", self)
         self.alive = False
@@ -289,6 +296,7 @@ class Connection:
         self.generation += 1
         for pipe in self.pipes:
             pipe.broken()
+        self.owner.on_down()
         self.world.after(self.world.rng.choice((0.0, 0.1, 1.0)) + self.world.delay_s, self._connect, self.generation)
 
     def _connect(self, generation: int) -> None:
@@ -653,17 +661,28 @@ class PublisherLife(Life):
 
     def __init__(self, world: LatestSimulation, node: str, epoch: int) -> None:
         super().__init__(world, node, epoch)
-        self.core = world.publisher_core()
-        self.subscribers: list[Pipe] = []
+        self.core = world.publisher_core(differences=world.differences)
+        self.pipes: dict[latest.Life, Pipe] = {}
+        self.heard: dict[latest.Life, list[Ask]] = {}
+        self.listeners: list[Pipe] = []
         self.number = 0
         self.beacon_at = world.now
         world.after(0, self._publish)
 
-    def on_subscribed(self, pipe: Pipe) -> None:
-        if pipe not in self.subscribers:
-            self.subscribers.append(pipe)
-        for chunk in self.core.snapshot():
-            self._chunk(pipe, chunk)
+    def on_listener(self, pipe: Pipe) -> None:
+        if pipe not in self.listeners:
+            self.listeners.append(pipe)
+
+    def on_question(self, ask: Ask, life: latest.Life, fetches: bool, pipe: Pipe) -> None:
+        text = ask.text()
+        self.world.require(Ask.parsed(text) == ask, "a question reads otherwise:", text)
+        self.heard.setdefault(life, []).append(ask)
+        if fetches:
+            self.pipes[life] = pipe
+            self.world.require(self.core.asked(life, ask), "too many ask")
+            self._send_more(life)
+        elif self.core.version is not None and self.core.version > ask.held:
+            self._announce(pipe)
 
     def _publish(self) -> None:
         world = self.world
@@ -671,32 +690,42 @@ class PublisherLife(Life):
             return
         self.number += world.rng.choice((1, 1, 5))
         version = (self.epoch, self.number)
-        chunks = world.rng.randint(1, 6)
-        value = world.rng.randbytes(max(1, chunks * latest.CHUNK - world.rng.randint(0, latest.CHUNK - 1)))
+        value = wire.encode("weights", self.node, *version, {}, {"v": world.arrays()})
         world.note("publish", version, len(value))
-        world.values[version] = value
+        world.values[version] = bytes(value)
         world.published = version
-        world.published_fresh += world.calm
-        for chunk in self.core.publish(version, memoryview(value)):
-            for pipe in self.subscribers:
-                self._chunk(pipe, chunk)
+        self.core.publish(version, value)
+        for pipe in self.listeners:
+            self._announce(pipe)
+        for life in self.core.fetching:
+            self._send_more(life)
         world.after(world.rng.uniform(0.5, 1.5) * world.publish_s, self._publish)
+
+    def _announce(self, pipe: Pipe) -> None:
+        pipe.send(self.core.version, self.core.value, control=True)
+
+    def _send_more(self, life: latest.Life) -> None:
+        for chunk in self.core.more(life):
+            self._chunk(self.pipes[life], chunk)
 
     def _chunk(self, pipe: Pipe, chunk: Chunk) -> None:
         rng, faults = self.world.rng, self.world.faults
         head, body = chunk.head, chunk.body
-        if self.world.chance(faults.corrupt):
+        if len(body) and self.world.chance(faults.corrupt):
             if rng.random() < 0.5:
                 body = memoryview(bytes([body[0] ^ 1]) + bytes(body[1:]))
             else:
-                head[rng.choice((2, 3, 4))] ^= 1 << rng.randrange(8)
+                head[rng.choice((2, 3, 4, 5, 6))] ^= 1 << rng.randrange(8)
         pipe.send(head, body, control=True, size=len(body))
 
     def poll(self) -> None:
         if self.core.version is not None and self.world.now >= self.beacon_at:
             self.beacon_at = self.world.now + latest.BEACON_EVERY_S
-            for pipe in self.subscribers:
-                pipe.send([*self.core.version, 0, 0, 0], memoryview(b""), control=True)
+            for pipe in self.listeners:
+                pipe.send(self.core.version, None, control=True)
+            for life in self.core.fetching:
+                for chunk in self.core.beacon(life):
+                    self._chunk(self.pipes[life], chunk)
 
 
 class SubscriberLife(Life):
@@ -704,44 +733,98 @@ class SubscriberLife(Life):
 
     def __init__(self, world: LatestSimulation, node: str, epoch: int) -> None:
         super().__init__(world, node, epoch)
-        self.core: LatestSubscriber = world.subscriber_core(world.now)
+        self.far = world.rng.random() < 0.7
+        self.maps = world.rng.choice((1.0, 1.0, 0.7))
+        """How likely a value that is announced can be read; else it has to be fetched."""
+        self.core: LatestSubscriber = world.subscriber_core(world.now, fetches=self.far)
         self.held: Version | None = None
-        self.asked = 0
-        connection = Connection(world, self, world.seat)
-        self.ask = Pipe(connection, PublisherLife.on_subscribed)
-        self.chunks = Pipe(connection, SubscriberLife.on_chunk, to_owner=True)
-        self.chunks.byte_s = world.byte_s
-        connection.on_up = lambda: self.ask.send(self.chunks)
+        self.taken = self.taken_calm = 0
+        self.question: Ask | None = None
+        self.heard: set[tuple[int, ...]] = set()
+        self.connection = Connection(world, self, world.seat)
+        self.listen = Pipe(self.connection, PublisherLife.on_listener)
+        self.ask = Pipe(self.connection, PublisherLife.on_question)
+        self.chunks = Pipe(self.connection, SubscriberLife.on_message, to_owner=True)
+        self.chunks.byte_s = world.byte_s if self.far else 0.0
+        self.connection.on_up = self._on_up
+        self._ask()
 
-    def on_chunk(self, head: list[int], body: memoryview) -> None:
+    @property
+    def life(self) -> latest.Life:
+        return self.node, self.epoch
+
+    def _on_up(self) -> None:
+        """libzmq repeats what is subscribed to."""
+        if not self.far:
+            self.listen.send(self.chunks)
+        if self.question is not None:
+            self.ask.send(self.question, self.life, self.core.fetches, self.chunks)
+
+    def on_down(self) -> None:
+        """The publisher's libzmq notices in the end, and after all that came."""
+        self.world.after(self.world.rng.choice((6.0, 9.0)), self._taken_back, self.world.seat.life)
+
+    def _taken_back(self, publisher: PublisherLife) -> None:
+        for ask in publisher.heard.pop(self.life, ()):
+            if not self.connection.is_up or self.question != ask:
+                publisher.core.gone(self.life, ask)
+
+    def _ask(self) -> None:
+        ask = self.core.question(self.world.now)
+        if ask is not None:
+            self.question = ask
+            self.ask.send(ask, self.life, self.core.fetches, self.chunks, control=True)
+
+    def on_message(self, head: Any, body: memoryview | None) -> None:
+        if isinstance(head, tuple):
+            self._on_announced(head, body)
+        else:
+            self._on_chunk(head, body)
+        self._ask()
+
+    def _on_announced(self, version: Version, value: memoryview | None) -> None:
         world = self.world
-        if not len(body):
-            self.core.beacon((head[0], head[1]), world.now)
+        if not self.core.wants(version, world.now) or value is None:
             return
+        if world.rng.random() >= self.maps:
+            self.core.fetch(True, world.now)
+            return
+        self.core.fetch(False, world.now)
+        self.core.took(version, value if world.rng.random() < 0.5 else None, world.now)
+        self._hold(version, value)
+
+    def _on_chunk(self, head: list[int], body: memoryview) -> None:
+        world, honest = self.world, not self.world.drawn_faults.corrupt
+        if world.drawn_faults.none and len(body):
+            chunk = (*head[:2], *head[3:])
+            world.require(chunk not in self.heard or not self.far, "sent again, though nothing was lost:", chunk)
+            self.heard.add(chunk)
         try:
             complete = self.core.chunk(head, body, world.now)
         except WireError as error:
             world.note("refused", self, error.reason)
-            world.require(error.reason in ("chunk", "torn"), "refused for", error.reason)
-            world.require(bool(world.drawn_faults.corrupt), "refused an honest chunk:", error)
+            world.require(error.reason in ("chunk", "torn", "codec", "truncated"), "refused for", error.reason)
+            world.require(not honest or (not self.far and error.reason == "torn"), "refused an honest chunk:", error)
             return
-        if complete is None:
-            return
-        version, value = complete
+        if complete is not None:
+            world.require(complete[1].readonly, self, "got a writable value")
+            self._hold(*complete)
+
+    def _hold(self, version: Version, value: memoryview) -> None:
+        world = self.world
         world.note("held", self, version)
         world.require(self.held is None or version > self.held, self, "went from", self.held, "back to", version)
         world.require(bytes(value) == world.values.get(version), self, "got a torn value of version", version)
-        world.require(value.readonly, self, "got a writable value")
         self.held = version
+        self.taken_calm += world.calm
 
     def poll(self) -> None:
-        if self.core.poll(self.world.now):
-            self.asked += self.world.published is not None
-            self.ask.send(self.chunks)
+        self._ask()
 
 
 class LatestSimulation(World):
-    """One publisher and some subscribers of one `latest` link. `latest.CHUNK` should be patched to something small."""
+    """One publisher and some subscribers of one `latest` link, who fetch or are told. `latest.CHUNK` and `WINDOW`
+    should be patched to something small."""
 
     publisher_core: type[LatestPublisher] = LatestPublisher
     subscriber_core: type[LatestSubscriber] = LatestSubscriber
@@ -752,12 +835,11 @@ class LatestSimulation(World):
         rng = self.rng
         self.values: dict[Version, bytes] = {}
         self.published: Version | None = None
-        self.published_fresh = 0
-        self.publish_s = rng.choice((0.05, 0.3, 1.5))
-        # A slow link takes up to 2.4 s for a value, longer than a subscriber waits before it asks.
-        self.byte_s = rng.choice((0.0, 0.0, 0.4 / latest.CHUNK))
-        if self.byte_s:
-            self.publish_s = 6.0
+        self.publish_s = rng.choice((0.05, 0.3, 1.5, 6.0))
+        # A slow link takes up to 3 s for a value, in which a publisher may have published many.
+        self.byte_s = rng.choice((0.0, 0.0, 0.25 / latest.CHUNK))
+        self.differences = rng.random() < 0.5
+        self._arrays = np.zeros(rng.randrange(11) * 64, np.uint8)
         self.finished = False
         self.falls_silent = rng.random() < 0.5
         """The publisher stops when the faults do: what was lost before must still arrive."""
@@ -765,6 +847,17 @@ class LatestSimulation(World):
         self._start_publisher()
         self.subscribers = [SubscriberLife(self, f"actor-{i}", 1) for i in range(rng.randint(1, 3))]
         self.after(rng.uniform(0, 8), self._late_joiner)
+
+    def arrays(self) -> Array:
+        """What is published next: the same, a little changed, or something else."""
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.2:
+            self._arrays = np.frombuffer(rng.randbytes(rng.randrange(11) * 64 + 1), np.uint8).copy()
+        elif kind < 0.8 and len(self._arrays):
+            self._arrays = self._arrays.copy()
+            self._arrays[rng.randrange(len(self._arrays))] ^= 1
+        return self._arrays
 
     def _start_publisher(self) -> None:
         self.seat.life = PublisherLife(self, "learner", self.seat.life.epoch + 1 if self.seat.life else 1)
@@ -789,22 +882,30 @@ class LatestSimulation(World):
         self.finished = self.falls_silent
 
     def progressed(self) -> bool:
-        return (self.published_fresh >= 2 or self.falls_silent) and any(s.node == "late" for s in self.subscribers)
+        """Also who is slower than the publisher gets one value after the other."""
+        late = any(s.node == "late" for s in self.subscribers)
+        return late and (self.falls_silent or all(s.taken_calm >= 2 for s in self.subscribers))
 
     def finish(self) -> None:
         self.finished = True
 
     def settled(self) -> bool:
+        """All hold the newest, and nobody who is gone is remembered."""
         publisher = self.seat.life
-        return publisher.alive and all(s.held == publisher.core.version for s in self.subscribers)
+        there = {s.life for s in self.subscribers}
+        return (
+            publisher.alive
+            and all(s.held == publisher.core.version for s in self.subscribers)
+            and there.issuperset(publisher.core.fetching)
+        )
 
-    def close(self) -> None:
-        if self.drawn_faults.none:
-            asked = sum(s.asked for s in self.subscribers)
-            self.require(asked <= len(self.subscribers) * 2, "nothing was lost, yet", asked, "snapshots were asked for")
+    def check(self) -> None:
+        for life, who in self.seat.life.core._fetching.items() if self.drawn_faults.none else ():
+            under_way = who.sent - who.ask.received
+            self.require(under_way < latest.WINDOW + latest.CHUNK, "more than a window on its way to", life)
 
     def state(self) -> object:
-        return self.published, self.published_fresh, {str(s): s.held for s in self.subscribers}
+        return self.published, {str(s): (s.held, s.taken_calm, s.question) for s in self.subscribers}
 
 
 # -- request -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ import pytest
 from harness import LARGE, SMALL, WAIT_S, Net, fill, number_of, numbered, send, take, turns, until
 
 from ddrl_bus.errors import AddressInUseError, FencedError, LinkClosedError, RemoteError, UnreachableError, UsageError
+from ddrl_bus.transport import shared
 from ddrl_bus.transport.links import Client, Receiver, Request, Server, Subscriber
-from ddrl_bus.transport.sessions import queue, request
+from ddrl_bus.transport.sessions import latest, queue, request
+from ddrl_bus.transport.shared import kept
 from ddrl_bus.transport.wire import Arena, Codec, Layout, Message
 
 SIZES = pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
@@ -408,7 +410,7 @@ async def test_an_end_cannot_mix_memory_with_a_network(net: Net) -> None:
 
 async def _next(subscriber: Subscriber) -> tuple[int, int]:
     async with asyncio.timeout(WAIT_S):
-        message = await subscriber.next()
+        message = kept(await subscriber.next())
     assert number_of(message) == message.seq
     return message.epoch, message.seq
 
@@ -472,7 +474,7 @@ async def test_a_publisher_restart_wins_by_its_epoch_and_an_older_one_is_ignored
     net.kill("publisher", 2)
     zombie = net.publisher(epoch=1)
     zombie.publish(99, numbered(99), {"i": 99})
-    await until(lambda: net.count("publisher", "weights", "snapshots", epoch=1))  # it was served, and refused it
+    await until(lambda: net.count("publisher", "weights", "questions", epoch=1))  # it hears what we hold
     zombie.publish(100, numbered(100), {"i": 100})
     net.kill("publisher", 1)
     publisher = net.publisher(epoch=3)
@@ -497,6 +499,110 @@ async def test_a_large_value_arrives_whole(net: Net) -> None:
     assert message.fields == {"step": 7}
     assert not message.arrays["w"].flags.writeable
     assert np.array_equal(message.arrays["w"], weights)
+
+
+def _weights(number: int) -> Arena:
+    """1 MB of which a hundredth changes from one number to the next."""
+    weights = np.random.default_rng(0).standard_normal(1 << 18, np.float32)
+    weights[number::100] += 1
+    return Arena.of("weights", {"w": weights})
+
+
+async def _expect(subscriber: Subscriber, number: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while (message := kept(await subscriber.next())).seq != number:
+            pass
+    assert message.fields == {"i": number}
+    assert np.array_equal(message.arrays["w"], _weights(number).arrays["w"])
+
+
+@pytest.mark.parametrize("codec", ["auto", "delta"])
+async def test_every_number_of_a_large_value_arrives_and_bytes_are_counted(net: Net, codec: Codec) -> None:
+    publisher, subscriber = net.publisher(codec=codec), net.subscriber()
+    for number in range(1, 6):
+        publisher.publish(number, _weights(number), {"i": number})
+        await _expect(subscriber, number)
+    sent, worth = (net.count("publisher", "weights", what) for what in ("bytes_out", "value_bytes_out"))
+    received = net.count("subscriber", "weights", "bytes_in")
+    assert net.count("subscriber", "weights", "value_bytes_in") == worth > 5 << 20
+    match net.scheme, codec:
+        case "ipc", _:
+            assert sent == received == 0  # it is read where it lies
+        case "tcp", "delta":
+            assert worth / 5 < sent == received < worth / 2  # the first one is sent whole
+        case _:
+            assert sent == received == worth
+
+
+async def test_equal_arrays_are_not_sent_again_to_who_asks(net: Net) -> None:
+    publisher, subscriber = net.publisher(), net.subscriber()
+    publisher.publish(1, _weights(1), {"i": 1})
+    await _expect(subscriber, 1)
+    for number in range(2, 6):
+        publisher.publish(number, _weights(1), {"confirm": number})
+        async with asyncio.timeout(WAIT_S):
+            message = kept(await subscriber.next())
+        assert message.fields == {"confirm": number}
+        assert np.array_equal(message.arrays["w"], _weights(1).arrays["w"])
+    if net.scheme == "tcp":
+        assert net.count("publisher", "weights", "bytes_out") < 1.1 * (1 << 20)
+
+
+@SIZES
+async def test_a_relay_publishes_under_the_version_of_the_origin(net: Net, layout: Layout) -> None:
+    origin = net.publisher(epoch=7)
+    relay = net.bus("relay", 3)
+    come, go = relay.subscriber("weights", net.address("publisher")), relay.publisher("weights", [net.address("relay")])
+    end = net.bus("subscriber").subscriber("weights", net.address("relay"))
+    for number in range(1, 4):
+        origin.publish(number, numbered(number, layout), {"i": number})
+        async with asyncio.timeout(WAIT_S):
+            version, value = await come.next_value()
+            assert version == (7, number)
+            go.relay(version, value)
+            message = kept(await end.next())
+        assert (message.node, message.epoch, message.seq, number_of(message)) == ("publisher", 7, number, number)
+    with pytest.raises(ValueError, match="not newer"):
+        go.relay((7, 3), value)
+
+
+async def test_who_cannot_read_what_is_shared_asks_for_it_and_reads_the_next(net: Net) -> None:
+    """As between containers with a folder of sockets in common, but not their memory."""
+    publisher = net.publisher()
+    if net.scheme != "ipc":
+        pytest.skip("nothing is shared")
+    publisher.publish(1, _weights(1), {"i": 1})
+    await _expect(net.subscriber("near"), 1)
+    for path in shared.MEMORY.glob(f"{shared._stem(net.address('publisher'))}*"):
+        path.unlink()
+    subscriber = net.subscriber("far")
+    for number in range(1, 4):
+        if number > 1:
+            publisher.publish(number, _weights(number), {"i": number})
+        await _expect(subscriber, number)
+    assert net.count("far", "weights", "unshared") == 1
+    assert net.count("far", "weights", "bytes_in") > 3 << 20
+    bigger = np.zeros(1 << 19, np.float32)
+    publisher.publish(4, Arena.of("weights", {"w": bigger}), {"i": 4})  # a new file
+    async with asyncio.timeout(WAIT_S):
+        assert np.array_equal(kept(await subscriber.next()).arrays["w"], bigger)
+    assert net.count("far", "weights", "bytes_in") < 4 << 20
+
+
+async def test_no_more_than_a_window_goes_to_who_does_not_read(net: Net) -> None:
+    if net.scheme != "tcp":
+        pytest.skip("nothing is sent")
+    publisher, deaf = net.publisher(), net.subscriber("deaf")
+    publisher.publish(1, _weights(1), {"i": 1})
+    await _expect(deaf, 1)
+    before = net.count("publisher", "weights", "bytes_out")
+    deaf._ask = lambda now: None  # type: ignore[method-assign]
+    other = net.subscriber("other")
+    for number in range(2, 20):
+        publisher.publish(number, _weights(number), {"i": number})
+        await _expect(other, number)
+    sent = net.count("publisher", "weights", "bytes_out") - before - net.count("other", "weights", "bytes_in")
+    assert 0 < sent <= latest.WINDOW + latest.CHUNK
 
 
 async def test_cancelled_nexts_lose_nothing_and_repeat_nothing(net: Net) -> None:

@@ -13,13 +13,14 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
-from harness import WAIT_S, Net, number_of, numbered, until
+from harness import LARGE, WAIT_S, Net, number_of, numbered, until
 
 from ddrl_bus.errors import UnreachableError
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.base import back_channel
 from ddrl_bus.transport.links import queue
-from ddrl_bus.transport.sessions.latest import CHUNK, digest
+from ddrl_bus.transport.links.end import topic
+from ddrl_bus.transport.sessions.latest import CHUNK, NOTHING, Ask, digest
 from ddrl_bus.transport.wire import MAX_FRAME
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -283,8 +284,8 @@ async def test_every_subscription_of_a_stranger_is_refused(world: World, target:
     ]
     topics += [b"\x01" + rng.randbytes(rng.randrange(1, 40)) + bytes([i]) for i in range(200)]
     topics += [bytes([rng.randrange(2, 256)]) + rng.randbytes(rng.randrange(300)) for _ in range(200)]
-    for topic in topics:
-        await _send(stranger, [topic])
+    for each in topics:
+        await _send(stranger, [each])
     await until(lambda: world.refusals(target).get("hello") == len(topics))
     for parts in ([b"\x02a", b"b"], [b"", b""], [b"\x00never", b"\x00subscribed"]):
         await _send(stranger, parts)
@@ -455,31 +456,71 @@ async def test_garbage_values_are_refused(net: Net, plugged: Plugged) -> None:
     liar.bind(net.address("publisher"))
     await heard(liar)
     value = valid("publisher", 1, 5)
-    whole = digest(value)
+    whole, size = digest(value), len(value)
+    own = topic(b"S", "subscriber", 1)
     bad: list[list[bytes]] = [
-        [b"A"],
-        [b"A", b"", b""],
-        [b"A", msgpack.packb([1, 1, 1, 0, 0]), b"", b""],
-        [b"A", msgpack.packb([1, 1, 0, 0]), b""],
-        [b"A", msgpack.packb([1, "1", 0, 0, 0]), b""],
-        [b"A", msgpack.packb([1, 1, -1, 0, 0]), b"x"],
-        [b"A", msgpack.packb([1, 1, 1 << 63, 0, 0]), bytes(CHUNK)],
-        [b"A", msgpack.packb([1, 1, 4 << 30, 0, 0]), bytes(CHUNK)],
-        [b"A", msgpack.packb([1, 1, 2, 1, 0]), b"x"],
-        [b"A", msgpack.packb([1, 1, 2, 0, 0]), b"x"],
-        [b"A", msgpack.packb([1, 1, 1, 0, 12345]), b"x"],  # not its digest
-        [b"A", msgpack.packb([1, 1, len(value), 0, whole + 1]), value],
-        [b"A", net.random.randbytes(50), value],
-        [b"A", msgpack.packb([1, 6, len(value), 0, whole]), value],  # not its version
+        [own],
+        [own, b"", b""],
+        [own, net.random.randbytes(50), value],
+        *([own, msgpack.packb([1, 1, 1, 0, 0, 0, 0]), b"x", b""],),
+        *([own, msgpack.packb(head), b"x"] for head in ([], [1], [1, 1, 1, 0, 0], [1, "1", 1, 0, 0, 0, 0], {"a": 1})),
+        *([own, msgpack.packb([1, 1, total, 0, 0, 0, 0]), bytes(CHUNK)] for total in (0, 1, 1 << 63, 4 << 30)),
+        [own, msgpack.packb([1, 1, 2, 2, 0, 0, 0]), b"x"],
+        [own, msgpack.packb([1, 1, 1, 0, 12345, 0, 0]), b"x"],  # not its digest
+        [own, msgpack.packb([1, 2, size, 0, whole + 1, 0, 0]), value],
+        [own, msgpack.packb([1, 6, size, 0, whole, 0, 0]), value],  # not its version
+        *([b"A", msgpack.packb(head), value] for head in ([1, "1"], ["1", 1], [1, 7, 7], [1, 1 << 63, "x"], [1, 9])),
+        *([own, msgpack.packb([1, 7, name]), b""] for name in ("/etc/passwd", "../x", "ddrl-/x", "x" * 1000)),
     ]
+    if net.scheme == "tcp":  # what is announced is for the same host
+        bad = [parts for parts in bad if parts[0] == own]
+        bad.append([own, msgpack.packb([1, 7]), valid("publisher", 1, 7)])
     for parts in bad:
         liar.send_multipart(parts)
     await until(lambda: sum(net.counts("subscriber", "weights/stray/").values()) == len(bad))
     assert subscriber.latest() is None
-    value = valid("publisher", 1, 7)
-    liar.send_multipart([b"A", msgpack.packb([1, 7, len(value), 0, digest(value)]), value])
+    value = valid("publisher", 1, 8)
+    liar.send_multipart([own, msgpack.packb([1, 8, len(value), 0, digest(value), 0, 0]), value])
     async with asyncio.timeout(WAIT_S):
-        assert (await subscriber.next()).seq == 7
+        assert (await subscriber.next()).seq == 8
+
+
+async def test_garbage_differences_are_refused(net: Net, plugged: Plugged) -> None:
+    subscriber = net.subscriber()
+    liar = plugged(zmq.XPUB)
+    liar.bind(net.address("publisher"))
+    await heard(liar)
+    own, base = topic(b"S", "subscriber", 1), bytes(numbered(5, LARGE).encode("publisher", 1, 5, {"i": 5}))
+    for start in range(0, len(base), CHUNK):
+        liar.send_multipart([own, msgpack.packb([1, 5, len(base), start, digest(base), 0, 0]), base[start:][:CHUNK]])
+    async with asyncio.timeout(WAIT_S):
+        assert number_of(await subscriber.next()) == 5
+    head = base[: wire.head_size(memoryview(base))]
+    bad = [b"x", head[:20], head + b"x", head + net.random.randbytes(5000), base]
+    for number, packed in enumerate(bad, start=6):
+        liar.send_multipart([own, msgpack.packb([1, number, len(packed), 0, 0, 1, 5]), packed])
+        await until(lambda seen=number - 5: sum(net.counts("subscriber", "weights/stray/").values()) == seen)
+        subscriber._core._distrusts = False  # it would take no more differences
+    reasons = net.counts("subscriber", "weights/stray/")
+    assert reasons.keys() <= {"truncated", "codec", "torn"}
+    assert subscriber.latest() is None
+
+
+async def test_garbage_questions_are_refused(net: Net, plugged: Plugged) -> None:
+    publisher, stranger = net.publisher(), plugged(zmq.SUB)
+    publisher.publish(1, numbered(1, LARGE), {"i": 1})
+    stranger.connect(net.address("publisher"))
+    own = topic(b"S", "stranger", 1)
+    asked = Ask(1, 1, 0, NOTHING, NOTHING, 0).text()
+    bad = [b"x", b"S", b"S\x00", own[:-1], own + b"X" + asked, own + b"F", own + b"F" + asked[:-2], own + b"F-1"]
+    bad += [own + b"F" + asked + b".0", own + b"F" + b"9" * 50, b"x" * 10_000, own + b"F" + asked + b"\x00"]
+    for said in bad:
+        stranger.subscribe(said)
+    await until(lambda: net.count("publisher", "weights", "stray", "hello") == len(bad))
+    assert not stranger.poll(0)
+    assert net.count("publisher", "weights", "questions") == 0
+    stranger.subscribe(own + b"F" + asked)
+    await until(lambda: stranger.poll(0))
 
 
 async def test_garbage_answers_are_refused(net: Net, plugged: Plugged) -> None:

@@ -21,6 +21,7 @@ from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links.end import topic
 from ddrl_bus.transport.security import Access, Guard, Peer
+from ddrl_bus.transport.sessions.latest import NOTHING, Ask
 from ddrl_bus.transport.sessions.request import REPEAT_S
 from ddrl_bus.transport.zeromq import ZmqBackend
 
@@ -140,7 +141,9 @@ class World:
         node = LINKS[TARGETS[target][0]][1]
         if socket.type == zmq.SUB:
             socket.subscribe(b"")
-            socket.subscribe(topic(b"Q" if target == "credits" else b"S", node, 1))
+            own = topic(b"Q" if target == "credits" else b"S", node, 1)
+            socket.subscribe(own)
+            socket.subscribe(own + b"F" + Ask(1, 1, 0, NOTHING, NOTHING, 0).text())
         else:
             for seq in range(900, 903):
                 socket.send(wire.encode("ask", node, 0, seq, {}, lane=seq), zmq.NOBLOCK)
@@ -157,7 +160,7 @@ class World:
     def _read(self, target: str) -> object:
         link, node, _ = TARGETS[target]
         counts = self.net.counts(node, f"{link}/")
-        quiet = ("messages_out", "bytes_out", "encode_ns", "snapshots")  # its own doing
+        quiet = ("messages_out", "bytes_out", "value_bytes_out", "encode_ns", "questions")  # its own doing
         return {name: count for name, count in counts.items() if name not in quiet}
 
 

@@ -18,7 +18,7 @@ import pytest
 from simulator import LatestSimulation, QueueSimulation, RequestSimulation, Violation, World
 
 from ddrl_bus.transport.sessions import latest, queue
-from ddrl_bus.transport.sessions.latest import Chunk, LatestPublisher, LatestSubscriber
+from ddrl_bus.transport.sessions.latest import LatestPublisher, LatestSubscriber
 from ddrl_bus.transport.sessions.queue import ACCEPT, Credit, Inbound, QueueReceiver, QueueSender, Verdict
 from ddrl_bus.transport.sessions.request import Due, RequestClient, RequestServer
 
@@ -30,7 +30,8 @@ MUTANT_SEEDS = 300
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latest, "CHUNK", 16)
+    monkeypatch.setattr(latest, "CHUNK", 64)
+    monkeypatch.setattr(latest, "WINDOW", 256)
 
 
 @pytest.mark.parametrize("simulation", SIMULATIONS)
@@ -58,7 +59,8 @@ def test_same_seed_same_trace(simulation: type[World]) -> None:
 
 
 def test_same_seed_same_trace_in_another_process() -> None:
-    digest = "import simulator, zlib; from ddrl_bus.transport.sessions import latest; latest.CHUNK = 16; t = ''\n"
+    digest = "import simulator, zlib; from ddrl_bus.transport.sessions import latest; t = ''\n"
+    digest += "latest.CHUNK, latest.WINDOW = 64, 256\n"
     digest += "for s in range(9):\n for k in (simulator.QueueSimulation, simulator.LatestSimulation):\n"
     digest += "  w = k(s); w.run(); t += str([tuple(map(str, e)) for e in w.trace])\nprint(zlib.crc32(t.encode()))"
     here = "".join(str(trace_of(k, seed)) for seed in range(9) for k in (QueueSimulation, LatestSimulation))
@@ -204,7 +206,7 @@ class ForgetsKept(QueueSender[int]):
 
 class GoesBack(LatestSubscriber):
     def chunk(self, head: object, body: memoryview, now: float) -> Any:
-        self.held = None
+        self.held = latest.NOTHING
         return super().chunk(head, body, now)
 
 
@@ -214,26 +216,43 @@ class MixesVersions(LatestSubscriber):
     def chunk(self, head: Any, body: memoryview, now: float) -> Any:
         partial = self._partial
         if partial is not None and (head[0], head[1]) > partial.version and head[2] == partial.total:
-            partial.version, partial.digest = (head[0], head[1]), head[4]
+            partial.version, partial.digest, partial.base = (head[0], head[1]), head[4], (head[5], head[6])
         return super().chunk(head, body, now)
 
-    def _complete(self, version: Any, value: memoryview, whole: int) -> Any:
-        return super()._complete(version, value, latest.digest(value))
+    def _complete(self, partial: Any, data: memoryview, now: float) -> Any:
+        partial.digest = latest.digest(self._decoded(partial, data))
+        return super()._complete(partial, data, now)
 
 
 class SkipsDigest(LatestSubscriber):
-    def _complete(self, version: Any, value: memoryview, whole: int) -> Any:
-        return super()._complete(version, value, latest.digest(value))
+    def _complete(self, partial: Any, data: memoryview, now: float) -> Any:
+        partial.digest = latest.digest(self._decoded(partial, data))
+        return super()._complete(partial, data, now)
 
 
-class NeverAsks(LatestSubscriber):
-    def poll(self, now: float) -> bool:
-        return False
+class BuildsOnAnything(LatestSubscriber):
+    """Takes a difference to another value than the one it holds, and does not look at the digest."""
+
+    def _fits(self, base: Any) -> bool:
+        return True
+
+    def _complete(self, partial: Any, data: memoryview, now: float) -> Any:
+        partial.digest = latest.digest(self._decoded(partial, data))
+        return super()._complete(partial, data, now)
+
+
+class NeverAsksAgain(LatestSubscriber):
+    def question(self, now: float) -> Any:
+        self._ask_at = now if self._number == 0 else float("inf")
+        return super().question(now)
 
 
 class IgnoresBeacons(LatestSubscriber):
-    def beacon(self, version: Any, now: float) -> None:
-        pass
+    def wants(self, version: Any, now: float) -> bool:
+        return bool(version > self.held)
+
+    def chunk(self, head: object, body: memoryview, now: float) -> Any:
+        return super().chunk(head, body, now) if len(body) else None
 
 
 class StaysWithOldPartial(LatestSubscriber):
@@ -243,18 +262,38 @@ class StaysWithOldPartial(LatestSubscriber):
         return super().chunk(head, body, now)
 
 
-class AsksWhileServed(LatestSubscriber):
-    def chunk(self, head: object, body: memoryview, now: float) -> Any:
-        since = self._behind_since
-        complete = super().chunk(head, body, now)
-        if complete is None and since is not None:
-            self._behind_since = since
-        return complete
+class NoticesNoLoss(LatestSubscriber):
+    def question(self, now: float) -> Any:
+        self._lost = False
+        return super().question(now)
 
 
-class ServesNoJoiner(LatestPublisher):
-    def snapshot(self) -> tuple[Chunk, ...]:
-        return ()
+class TellsNobodyWhereItIs(LatestPublisher):
+    def beacon(self, life: Any) -> Any:
+        return []
+
+
+class ForgetsNobody(LatestPublisher):
+    def gone(self, life: Any, ask: Any) -> None:
+        pass
+
+
+class AlwaysReplaces(LatestPublisher):
+    def _under_way(self, who: Any) -> Any:
+        who.replaced = False
+        return super()._under_way(who)
+
+
+class BeginsAnewEachTime(LatestPublisher):
+    def asked(self, life: Any, ask: Any) -> bool:
+        return super().asked(life, ask._replace(since=ask.number))
+
+
+class TakesOthersForTheSame(LatestPublisher):
+    def publish(self, version: Any, value: memoryview) -> None:
+        before = [*self._same, *([self.version] if self.version else [])]
+        super().publish(version, value)
+        self._same.extend(before)
 
 
 class RunsRepetitions(RequestServer[Any]):
@@ -306,9 +345,11 @@ MUTANTS: list[tuple[type[World], str, type]] = [
     *((QueueSimulation, "receiver_core", core) for core in (LetsOneTooManyOut, NeverRepeatsCredits, ForgetsGapBehind)),
     *((QueueSimulation, "sender_core", core) for core in (IgnoresWindow, NeverProbes, DropsRedo)),
     *((QueueSimulation, "sender_core", core) for core in (FollowsOldReceivers, ForgetsKept)),
-    *((LatestSimulation, "subscriber_core", core) for core in (GoesBack, MixesVersions, SkipsDigest, NeverAsks)),
-    *((LatestSimulation, "subscriber_core", core) for core in (IgnoresBeacons, StaysWithOldPartial, AsksWhileServed)),
-    (LatestSimulation, "publisher_core", ServesNoJoiner),
+    *((LatestSimulation, "subscriber_core", core) for core in (GoesBack, MixesVersions, SkipsDigest, NeverAsksAgain)),
+    *((LatestSimulation, "subscriber_core", core) for core in (BuildsOnAnything, IgnoresBeacons, NoticesNoLoss)),
+    *((LatestSimulation, "subscriber_core", core) for core in (StaysWithOldPartial,)),
+    *((LatestSimulation, "publisher_core", core) for core in (TellsNobodyWhereItIs, ForgetsNobody, AlwaysReplaces)),
+    *((LatestSimulation, "publisher_core", core) for core in (BeginsAnewEachTime, TakesOthersForTheSame)),
     *((RequestSimulation, "server_core", core) for core in (RunsRepetitions, ForgetsAnswers, RunsEarlierLives)),
     *((RequestSimulation, "server_core", core) for core in (NeverRuns,)),
     *((RequestSimulation, "client_core", core) for core in (TakesLateAnswers, NeverTimesOut, NeverRepeats)),

@@ -1,42 +1,111 @@
 """The `latest` link: the newest value wins, never goes back, is never torn; late joiners are served at once.
 
-A value is a whole wire frame under a version `(epoch, number)`. It travels as chunks, each naming the version, its
-place, and the digest of the whole; a receiver that sees a chunk of a newer version drops what it had of the older one.
-A beacon repeats the current version now and then: a subscriber that stays behind it asks for a snapshot.
+A value is a whole wire frame under a version `(epoch, number)`. To subscribers of its host a publisher announces each
+value as it comes, in one message. Others *fetch*: they ask, and the answer is a window of chunks of the newest value,
+as soon as there is one that they do not hold; a question says how much has come, and the next chunks follow. So no more
+than a window is ever on its way to one subscriber, however slow the link. A newer value takes the place of one that is
+half sent, but once only until one is whole: else who is slower than the publisher would never get any.
+
+A value may travel as what it differs in from the one that the subscriber holds; `delta.py` says how.
+
+A beacon repeats the current version now and then. To one who fetches it is an empty chunk, from where the publisher has
+got to: who has less than that has lost something, and asks for it anew.
 """
 
 from __future__ import annotations
 
+import re
 import zlib
-from dataclasses import dataclass, field
-from typing import Final
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from ddrl_bus.errors import WireError
+from ddrl_bus.transport import delta
 
 Version = tuple[int, int]
 """(epoch of the publisher's life, number): compared in this order."""
+Life = tuple[str, int]
+"""Name and epoch of a subscriber."""
 
+NOTHING: Final[Version] = (0, 0)
 CHUNK: Final = 256 << 10
 """Bytes: a frame that takes longer than the heartbeat timeout to arrive is never delivered, so large values are cut."""
+WINDOW: Final = 1 << 20
+"""Bytes on their way to one subscriber."""
 BEACON_EVERY_S: Final = 1.0
 ASK_AFTER_S: Final = 0.5
-"""How long a subscriber may know of a newer version without holding it before it asks for a snapshot."""
+"""How long a subscriber may know of a newer version, and get none of it, before it asks again."""
+SILENT_S: Final = 3.0
+"""How long it may hear nothing at all, likewise."""
 MAX_VALUE: Final = 256 << 20
 """Bytes: what a wire frame may hold."""
+KEPT: Final = 4
+"""Values, of those that subscribers have got, to which differences are made."""
+SAME: Final = 64
+"""Versions with the same arrays that are remembered."""
+MAX_FETCHING: Final = 4096
+"""Subscribers; more are not served."""
+
+
+class Ask(NamedTuple):
+    """A subscriber's question, as it stands in a topic: `<number>.<since>.<received>.…`."""
+
+    number: int
+    """Of the questions of its life. One that is heard twice came by a new connection: the old one took what was on its
+    way with it."""
+    since: int
+    """The question with which it had the publisher begin anew, for something was lost."""
+    received: int
+    """Bytes of chunks, in its life."""
+    held: Version
+    partial: Version
+    """What it has the first `offset` bytes of."""
+    offset: int
+
+    def text(self) -> bytes:
+        return b"%d.%d.%d.%d.%d.%d.%d.%d" % (*self[:3], *self.held, *self.partial, self.offset)
+
+    @classmethod
+    def parsed(cls, text: bytes) -> Ask | None:
+        if not _ASK.fullmatch(text):
+            return None
+        number, since, received, *versions, offset = (int(n) for n in text.split(b"."))
+        return cls(number, since, received, (versions[0], versions[1]), (versions[2], versions[3]), offset)
+
+
+_ASK: Final = re.compile(rb"\d{1,20}(\.\d{1,20}){7}")
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """How a value travels to whoever holds `base`."""
+
+    version: Version
+    base: Version
+    digest: int
+    """Of the value."""
+    data: memoryview
+    value: int
+    """Bytes of the value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    version: Version
-    total: int
+    payload: Payload
     offset: int
-    digest: int
     body: memoryview
 
     @property
     def head(self) -> list[int]:
         """What travels in front of the body."""
-        return [*self.version, self.total, self.offset, self.digest]
+        payload = self.payload
+        return [*payload.version, len(payload.data), self.offset, payload.digest, *payload.base]
+
+    @property
+    def last(self) -> bool:
+        return self.offset + len(self.body) == len(self.payload.data)
 
 
 def digest(value: memoryview | bytearray | bytes) -> int:
@@ -44,111 +113,287 @@ def digest(value: memoryview | bytearray | bytes) -> int:
     return zlib.crc32(value)
 
 
-class LatestPublisher:
-    def __init__(self) -> None:
-        self.version: Version | None = None
-        self._chunks: tuple[Chunk, ...] = ()
+# ── publishing ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def publish(self, version: Version, value: memoryview) -> tuple[Chunk, ...]:
-        """Chunks for every subscriber. The caller must not write to `value` any more.
+
+@dataclass(slots=True)
+class _Fetching:
+    """One who fetches, as its publisher knows it."""
+
+    ask: Ask
+    payload: Payload | None = None
+    at: int = 0
+    """Bytes of `payload` that are sent."""
+    sent: int = 0
+    """Bytes, plus what it had received before: less what it has received since, they are on their way."""
+    replaced: bool = False
+    """Whether `payload` took the place of one that was half sent."""
+
+
+class LatestPublisher:
+    """Args: differences: whether values travel as differences to others, where that makes them smaller."""
+
+    def __init__(self, differences: bool = False) -> None:
+        self.version: Version | None = None
+        self.value = memoryview(b"")
+        self._differences = differences
+        self._digest: int | None = None
+        self._same: deque[Version] = deque(maxlen=SAME)
+        """Earlier versions with the arrays of this one."""
+        self._kept: dict[Version, memoryview] = {}
+        self._payloads: dict[Version, Payload] = {}
+        """Of the current value, by their base."""
+        self._fetching: dict[Life, _Fetching] = {}
+
+    @property
+    def fetching(self) -> Iterable[Life]:
+        return tuple(self._fetching)
+
+    def publish(self, version: Version, value: memoryview) -> None:
+        """Replace the value; `more` says what that brings whom. The caller must not write to `value` any more.
 
         Raises:
             ValueError: `version` is not newer than the last one.
         """
-        if self.version is not None and version <= self.version:
-            raise ValueError(f"latest: version {version} is not newer than {self.version}")
-        whole = digest(value)
-        self.version = version
-        self._chunks = tuple(
-            Chunk(version, len(value), offset, whole, value[offset : offset + CHUNK])
-            for offset in range(0, len(value), CHUNK)
-        )
-        return self._chunks
+        if self.version is not None:
+            if version <= self.version:
+                raise ValueError(f"latest: version {version} is not newer than {self.version}")
+            if not delta.same_arena(self.value, value):
+                self._same.clear()
+            else:
+                self._same.append(self.version)
+        self.version, self.value, self._digest = version, value, None
+        self._payloads.clear()
 
-    def snapshot(self) -> tuple[Chunk, ...]:
-        """Chunks of the current value, for one who joins; none before the first value."""
-        return self._chunks
+    def asked(self, life: Life, ask: Ask) -> bool:
+        """Take a question in; `more` answers it. False: there are too many who ask."""
+        who = self._fetching.get(life)
+        if who is None:
+            if len(self._fetching) >= MAX_FETCHING:
+                return False
+            who = self._fetching[life] = _Fetching(ask)
+        elif ask.number < who.ask.number:  # it was overtaken
+            return True
+        elif ask.number > who.ask.number and ask.since == who.ask.since:
+            who.ask = ask
+            return True
+        who.ask, who.sent = ask, ask.received
+        if who.payload is None and ask.partial == self.version:
+            who.payload = self._payload(ask.held)
+        if who.payload is not None and who.payload.version != ask.partial:
+            who.payload = None
+        who.at = ask.offset
+        return True
+
+    def gone(self, life: Life, ask: Ask) -> None:
+        """A question was taken back: if it was the last one of this life, nobody waits for an answer any more."""
+        if (who := self._fetching.get(life)) is not None and who.ask.number == ask.number:
+            del self._fetching[life]
+
+    def more(self, life: Life) -> list[Chunk]:
+        """The next chunks for one who fetches, as many as there is room for on the way."""
+        who, chunks = self._fetching[life], list[Chunk]()
+        received = min(who.ask.received, who.sent)
+        while who.sent - received < WINDOW and (payload := self._under_way(who)) is not None:
+            chunks.append(Chunk(payload, who.at, payload.data[who.at : who.at + CHUNK]))
+            who.at += len(chunks[-1].body)
+            who.sent += len(chunks[-1].body)
+            if chunks[-1].last:
+                who.replaced = False
+        return chunks
+
+    def beacon(self, life: Life) -> list[Chunk]:
+        """What tells one who fetches how much it was sent, and which version is the newest."""
+        who, found = self._fetching[life], []
+        if who.payload is not None:
+            found.append(Chunk(who.payload, who.at, who.payload.data[:0]))
+        if self.version is not None and (who.payload is None or who.payload.version != self.version):
+            found.append(Chunk(self._payload(NOTHING), 0, self.value[:0]))
+        return found
+
+    def _under_way(self, who: _Fetching) -> Payload | None:
+        """What it gets the next chunk of; None if it has been sent the newest value."""
+        before, held = who.payload, who.ask.held
+        if before is not None:
+            begun, whole = who.at > 0, who.at == len(before.data)
+            if not whole and (before.version == self.version or (begun and who.replaced)):
+                return before
+            if whole:  # it will hold that when it gets the next
+                held = max(held, before.version)
+            who.replaced = begun and not whole
+        if self.version is None or held >= self.version:
+            return None
+        who.payload, who.at = self._payload(held), 0
+        if self._differences:
+            self._keep(self.version, self.value)
+        return who.payload
+
+    def _keep(self, version: Version, value: memoryview) -> None:
+        self._kept.pop(version, None)
+        self._kept[version] = value
+        if len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+
+    def _payload(self, held: Version) -> Payload:
+        if (payload := self._payloads.get(held)) is None:
+            payload = self._payloads[held] = self._made(held)
+        return payload
+
+    def _made(self, held: Version) -> Payload:
+        assert self.version is not None
+        data: memoryview | None = None
+        if held in self._same:
+            data = delta.head(self.value)
+        elif (base := self._kept.get(held)) is not None:
+            data = delta.encode(base, self.value)
+        if data is None:
+            held, data = NOTHING, self.value
+        if self._digest is None:
+            self._digest = digest(self.value)
+        return Payload(self.version, held, self._digest, data, len(self.value))
+
+
+# ── subscribing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(slots=True)
 class _Partial:
     version: Version
+    base: Version
     total: int
     digest: int
     data: bytearray
-    have: set[int] = field(default_factory=set)
-    missing: int = 0
 
 
 class LatestSubscriber:
-    def __init__(self, now: float) -> None:
-        self.held: Version | None = None
+    """Args: fetches: whether values come when they are asked for; else they are announced."""
+
+    def __init__(self, now: float, fetches: bool = True) -> None:
+        self.held: Version = NOTHING
+        self._value: memoryview | None = None
+        self._known: Version = NOTHING
         self._partial: _Partial | None = None
-        self._behind_since: float | None = now  # nothing held yet: a lost first snapshot is asked for again
-        self._known: Version | None = None
+        self._number, self._since = 0, 1
+        self._received = self._told = 0
+        self._lost = False
+        """Whether a chunk came that does not go on from what there is."""
+        self._distrusts = False
+        """Whether what is held does not do as a base."""
+        self._ask_at = now
+        self.fetches = fetches
+
+    def wants(self, version: Version, now: float) -> bool:
+        """Whether an announced value is newer than what is held."""
+        self._note(version, now)
+        return version > self.held
+
+    def took(self, version: Version, value: memoryview | None, now: float) -> None:
+        """It holds an announced value; None: where it may be overwritten."""
+        if self._partial is not None and self._partial.base != NOTHING:
+            self._partial, self._lost = None, True  # it built on what was held
+        self._hold(version, value, now)
+
+    def fetch(self, fetches: bool, now: float) -> None:
+        """From now on ask for values, or have them announced."""
+        if fetches is not self.fetches:
+            self.fetches = fetches
+            self._anew(now)
 
     def chunk(self, head: object, body: memoryview, now: float) -> tuple[Version, memoryview] | None:
         """Take a chunk in; returns the value that it completes, if it does.
 
         Raises:
-            WireError: `chunk` for a malformed one, `torn` for a whole that does not match its digest.
+            WireError: `chunk` or `codec` for a malformed one, `torn` for a whole that does not match its digest.
         """
-        version, total, offset, whole = _parsed(head, len(body))
-        self._note(version, now)
-        if self.held is not None and version <= self.held:
-            return None
+        new, offset = _parsed(head, len(body))
+        self._received += len(body)
+        self._note(new.version, now)
         partial = self._partial
-        if partial is None or version > partial.version:
-            if total == len(body):
-                return self._complete(version, body, whole)
-            partial = self._partial = _Partial(version, total, whole, bytearray(total), missing=total)
-        elif version < partial.version:
+        if new.version <= self.held or (partial is not None and new.version < partial.version):
             return None
-        if (total, whole) != (partial.total, partial.digest):
-            self._partial = None  # either may be the damaged one: begin anew
-            raise WireError("chunk", f"version {version}: chunks disagree on the whole")
-        if offset not in partial.have:
-            partial.data[offset : offset + len(body)] = body
-            partial.have.add(offset)
-            partial.missing -= len(body)
-            self._behind_since = now  # it is coming: a snapshot would only queue up behind it
-        if partial.missing > 0:
+        if partial is None or new.version > partial.version:
+            partial = new
+        if offset > len(partial.data):
+            self._lost = True
+        if offset != len(partial.data) or not body:
             return None
-        self._partial = None
-        return self._complete(version, memoryview(partial.data), whole)
+        if partial is new and not self._fits(new.base):
+            self._lost = True
+            return None
+        if new.base != partial.base:  # it travels in another way now
+            self._partial, self._lost = None, True
+            return None
+        if (new.total, new.digest) != (partial.total, partial.digest):  # either may be the damaged one
+            self._spoilt(now)
+            raise WireError("chunk", f"version {new.version}: chunks disagree on the whole")
+        self._partial, self._lost, self._ask_at = partial, False, now + ASK_AFTER_S
+        if len(body) == partial.total:  # all in one: no need to copy it
+            return self._complete(partial, body, now)
+        partial.data += body
+        return self._complete(partial, memoryview(partial.data), now) if len(partial.data) == partial.total else None
 
-    def _complete(self, version: Version, value: memoryview, whole: int) -> tuple[Version, memoryview]:
-        if digest(value) != whole:
-            raise WireError("torn", f"version {version} does not match its digest")
-        self.held = version
-        self._partial = None
-        if self._known is None or version >= self._known:
-            self._behind_since = None
-        return version, value.toreadonly()
+    def _complete(self, partial: _Partial, data: memoryview, now: float) -> tuple[Version, memoryview]:
+        try:
+            value = self._decoded(partial, data)
+            if digest(value) != partial.digest:
+                raise WireError("torn", f"version {partial.version} does not match its digest")
+        except WireError:
+            self._spoilt(now)
+            raise
+        self._hold(partial.version, value.toreadonly(), now)
+        return partial.version, value.toreadonly()
 
-    def beacon(self, version: Version, now: float) -> None:
-        """The publisher's current version is `version`."""
-        self._note(version, now)
+    def _decoded(self, partial: _Partial, data: memoryview) -> memoryview:
+        return data if self._value is None or partial.base == NOTHING else delta.decode(self._value, data)
+
+    def _fits(self, base: Version) -> bool:
+        """Whether what builds on `base` can be put together here."""
+        if base != NOTHING and self._value is None:
+            self._distrusts = True
+        return base == NOTHING or (base == self.held and not self._distrusts)
+
+    def _hold(self, version: Version, value: memoryview | None, now: float) -> None:
+        self.held, self._value, self._distrusts = version, value, False
+        if self._partial is not None and self._partial.version <= version:
+            self._partial = None
+        self._ask_at = now + (ASK_AFTER_S if self._known > version else SILENT_S)
 
     def _note(self, version: Version, now: float) -> None:
-        if self._known is None or version > self._known:
+        if version <= self.held:
+            if self._known <= self.held:
+                self._ask_at = now + SILENT_S  # all is well
+        elif version > self._known:
+            if self._known <= self.held:
+                self._ask_at = min(self._ask_at, now + ASK_AFTER_S)
             self._known = version
-            if self._behind_since is None:
-                self._behind_since = now
 
-    def poll(self, now: float) -> bool:
-        """Whether to ask for a snapshot now."""
-        if self._behind_since is None or now - self._behind_since < ASK_AFTER_S:
-            return False
-        self._behind_since = now
-        return True
+    def _spoilt(self, now: float) -> None:
+        self._partial, self._distrusts = None, True
+        self._anew(now)
+
+    def _anew(self, now: float) -> None:
+        """Have the publisher go on from where the next question says."""
+        self._since, self._lost, self._ask_at = self._number + 1, False, now
+
+    def question(self, now: float) -> Ask | None:
+        """What to ask now, if anything: in place of the last question."""
+        untold = self._received - self._told
+        if now < self._ask_at and not untold >= (WINDOW // 2 if self._partial else 1):
+            return None
+        if self._lost and now >= self._ask_at:
+            self._anew(now)
+        self._number += 1
+        self._told, self._ask_at = self._received, max(self._ask_at, now + ASK_AFTER_S)
+        partial = self._partial
+        under_way = (partial.version, len(partial.data)) if partial else (NOTHING, 0)
+        held = NOTHING if self._distrusts else self.held
+        return Ask(self._number, self._since, self._received, held, *under_way)
 
 
-def _parsed(head: object, size: int) -> tuple[Version, int, int, int]:
-    if not isinstance(head, list) or len(head) != 5 or any(type(n) is not int or n < 0 for n in head):
-        raise WireError("chunk", "a chunk starts with five unsigned integers")
-    epoch, number, total, offset, whole = head
-    last = offset + size == total
-    if total > MAX_VALUE or offset + size > total or offset % CHUNK or (size != CHUNK and not last) or not size:
+def _parsed(head: object, size: int) -> tuple[_Partial, int]:
+    if not isinstance(head, list) or len(head) != 7 or any(type(n) is not int or n < 0 for n in head):
+        raise WireError("chunk", "a chunk starts with seven unsigned integers")
+    epoch, number, total, offset, whole, *base = head
+    if not 0 < total <= MAX_VALUE or offset + size > total or size > CHUNK:
         raise WireError("chunk", f"bytes {offset} to {offset + size} of {total} is no chunk of a value")
-    return (epoch, number), total, offset, whole
+    return _Partial((epoch, number), (base[0], base[1]), total, whole, bytearray()), offset
