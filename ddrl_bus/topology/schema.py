@@ -191,6 +191,8 @@ class LinkSettings(Section):
     """queue: how many versions behind the learner an unroll may have been made; 0 is lock-step."""
     codec: Literal["none", "lz4"] | None = None
     """queue: how large arrays travel; default: compressed where that pays."""
+    relay: bool | None = None
+    """weights: a host on which several processes subscribe to another host's gets one copy; default: true."""
     insecure: bool | None = None
     """Lets this link leave its machine in the open."""
 
@@ -306,6 +308,13 @@ class ReplayOptions(NodeOptions):
     """Its contents are part of checkpoints."""
 
 
+class RelayOptions(NodeOptions):
+    """Forwards the weights of other hosts to the subscribers on its own. The expansion places one on each host where
+    that saves copies: what a file says of them, as a lock does, gives way."""
+
+    kind: Literal["relay"] = "relay"
+
+
 KINDS: Mapping[str, type[NodeOptions]] = {
     "actor": ActorOptions,
     "learner": LearnerOptions,
@@ -314,6 +323,7 @@ KINDS: Mapping[str, type[NodeOptions]] = {
     "inference": InferenceOptions,
     "param_server": ParamServerOptions,
     "replay": ReplayOptions,
+    "relay": RelayOptions,
 }
 
 
@@ -324,6 +334,8 @@ class PortRule:
     kind: LinkKind
     sources: tuple[str, ...]
     targets: tuple[str, ...]
+    relayed: bool = False
+    """Between hosts by way of relays."""
 
     def __str__(self) -> str:
         """`queue, actor → learner`"""
@@ -333,13 +345,14 @@ class PortRule:
 PORTS: Mapping[str, PortRule] = {
     "trajectories": PortRule("queue", ("actor", "inference"), ("learner", "replay")),
     "samples": PortRule("request", ("learner",), ("replay",)),
-    "weights": PortRule("latest", ("learner",), ("actor", "inference", "evaluator")),
+    "weights": PortRule("latest", ("learner",), ("actor", "inference", "evaluator"), relayed=True),
     "act": PortRule("request", ("actor",), ("inference",)),
     "gradients": PortRule("request", ("learner",), ("param_server",)),
     "parameters": PortRule("latest", ("param_server",), ("evaluator",)),
     "sync": PortRule("latest", ("learner",), ("learner",)),
     "tally": PortRule("latest", ("learner",), ("actor",)),
 }
+RELAYED = tuple(name for name, rule in PORTS.items() if rule.relayed)
 _OTHERS = tuple(kind for kind in KINDS if kind != "controller")
 SYSTEM_PORTS: Mapping[str, PortRule] = {
     "progress": PortRule("request", _OTHERS, ("controller",)),

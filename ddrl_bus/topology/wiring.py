@@ -15,6 +15,7 @@ from typing import Literal
 from ddrl_bus.topology.plan import LinkPlan
 from ddrl_bus.topology.schema import (
     PORTS,
+    RELAYED,
     SYSTEM_PORTS,
     AlgorithmEntry,
     LinkSettings,
@@ -26,6 +27,7 @@ from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 QUEUE_WINDOW = 2  # one unroll under way while the receiver reads the other
 QUEUE_ONLY = ("window", "on_loss", "max_lag", "codec")
+RELAYED_ONLY = ("relay",)
 _UNWRITTEN = LinkSettings.model_validate({})
 
 
@@ -80,10 +82,12 @@ class Wiring:
         if settings.kind not in (None, rule.kind):
             message = f"got {came(settings.kind)}, expected {rule.kind}: {name} is {rule}"
             self.problems.add(node.find(["kind"]), dotted((*path, "kind")), message)
-        for key in QUEUE_ONLY if rule.kind != "queue" else ():
+        wrong = dict.fromkeys(QUEUE_ONLY if rule.kind != "queue" else (), "a queue")
+        wrong |= dict.fromkeys(() if rule.relayed else RELAYED_ONLY, " or ".join(RELAYED))
+        for key, owner in wrong.items():
             if getattr(settings, key) is not None:
                 at = node.find([key])
-                self.problems.add(at.key_at or at, dotted((*path, key)), f"only a queue has it; {name} is {rule}")
+                self.problems.add(at.key_at or at, dotted((*path, key)), f"only {owner} has it; {name} is {rule}")
         sources = self._ends(_End(name, "from", rule, rule.sources), settings.sources, default.sources, node, nodes)
         targets = self._ends(_End(name, "to", rule, rule.targets), settings.targets, default.targets, node, nodes)
         window = settings.window or default.window or (QUEUE_WINDOW if rule.kind == "queue" else 1)
@@ -98,6 +102,7 @@ class Wiring:
             default.max_lag if settings.max_lag is None else settings.max_lag,
             insecure,
             settings.codec or default.codec or "auto",
+            rule.relayed and settings.relay is not False,
         )
 
     def _ends(

@@ -15,7 +15,7 @@ from ddrl_bus.errors import WireError
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.base import Backend, SocketKind
 from ddrl_bus.transport.links.end import End, Host, subscription, topic
-from ddrl_bus.transport.sessions.latest import BEACON_EVERY_S, LatestPublisher, LatestSubscriber
+from ddrl_bus.transport.sessions.latest import BEACON_EVERY_S, LatestPublisher, LatestSubscriber, Version
 from ddrl_bus.transport.wire import Arena, Buffer, Message
 
 ALL: Final = b"A"
@@ -46,6 +46,18 @@ class Publisher(End):
         for chunk in chunks:
             self._socket.send(ALL, msgpack.packb(chunk.head), chunk.body)
         self._encode_ns.add(perf_counter_ns() - began)
+        self._messages.add()
+        self._bytes.add(len(value))
+
+    def relay(self, version: Version, value: memoryview) -> None:
+        """Replace the value by a frame of somebody else's, under the version that it has there.
+
+        Raises:
+            ValueError: `version` is not above the last one.
+        """
+        self._ensure_open()
+        for chunk in self._core.publish(version, value):
+            self._socket.send(ALL, msgpack.packb(chunk.head), chunk.body)
         self._messages.add()
         self._bytes.add(len(value))
 
@@ -98,6 +110,15 @@ class Subscriber(End):
         message, self._fresh = self._fresh, None
         return message
 
+    async def next_value(self) -> tuple[Version, memoryview]:
+        """As `next`, but its version and its frame.
+
+        Raises:
+            LinkClosedError: this end was closed.
+        """
+        await self.next()
+        return self._value
+
     def _on_message(self, parts: list[Buffer]) -> None:
         began = perf_counter_ns()
         try:
@@ -131,6 +152,7 @@ class Subscriber(End):
         message = wire.decode(value)
         if (message.epoch, message.seq) != version:
             raise WireError("torn", f"value of version {(message.epoch, message.seq)} sent as {version}")
+        self._value = complete
         return message
 
     def _poll(self, now: float) -> None:
