@@ -170,8 +170,10 @@ def _links(
     problems: Problems,
 ) -> dict[str, LinkPlan]:
     insecure = tree.children().get("insecure")
+    entry = catalog.algorithms[algo_name]
     wiring = Wiring(
-        default=default_links(catalog.algorithms[algo_name]),
+        default=default_links(entry),
+        acting=entry.acting,
         groups={name: Group(options.kind, options.count) for name, options in groups.items()},
         insecure=insecure is not None and insecure.value is True,
         complete=_complete(tree, groups),

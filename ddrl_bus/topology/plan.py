@@ -23,6 +23,7 @@ from ddrl_bus.topology.schema import (
     EnvSettings,
     LinkKind,
     NodeOptions,
+    Precision,
     Section,
     StopSettings,
     split_address,
@@ -65,6 +66,7 @@ class LinkPlan:
     insecure: bool
     codec: Codec = "auto"
     relay: bool = False
+    precision: Precision = "float32"
 
     @property
     def binding_side(self) -> Literal["out", "in"]:
@@ -328,7 +330,7 @@ def _link(link: LinkPlan) -> dict[str, Any]:
         data |= {"window": link.window, "on_loss": link.on_loss}
         data |= {} if link.max_lag is None else {"max_lag": link.max_lag}
         data |= {} if link.codec == "auto" else {"codec": link.codec}
-    data |= {"relay": link.relay} if link.name in RELAYED else {}
+    data |= {"relay": link.relay, "precision": link.precision} if link.name in RELAYED else {}
     return data | {"insecure": link.insecure}
 
 

@@ -172,6 +172,7 @@ class CheckpointSettings(Section):
 
 
 LinkKind = Literal["queue", "latest", "request"]
+Precision = Literal["float16", "float32"]
 
 
 class LinkSettings(Section):
@@ -193,6 +194,9 @@ class LinkSettings(Section):
     """queue: how large arrays travel; default: compressed where that pays."""
     relay: bool | None = None
     """weights: a host on which several processes subscribe to another host's gets one copy; default: true."""
+    precision: Precision | None = None
+    """weights: that they are played by; a learner's own, checkpoints and confirmations are float32. Default: float16
+    where the learning rule takes the policy that acted to be another than its own."""
     insecure: bool | None = None
     """Lets this link leave its machine in the open."""
 
@@ -378,6 +382,8 @@ class AlgorithmEntry:
     windows: Callable[[Any], Any] = lambda config: None
     """Of its Config: how an unroll is replayed, as `algos.base.Windows`; None for a rule that learns from unrolls as
     they come."""
+    acting: Precision = "float32"
+    """Of the weights that actors play by; float32 where the rule takes the policy that acted for its own."""
 
 
 HostKeys = Callable[[str], frozenset[str] | None]

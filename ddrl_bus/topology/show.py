@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ddrl_bus.topology.plan import LinkPlan, NodePlan, Plan
-from ddrl_bus.topology.schema import SYSTEM_PORTS, NodeOptions
+from ddrl_bus.topology.schema import RELAYED, SYSTEM_PORTS, NodeOptions
 
 
 def text(plan: Plan) -> str:
@@ -50,6 +50,7 @@ def _terms(link: LinkPlan) -> str:
         terms += [f"window {link.window}", f"on_loss {link.on_loss}"]
         terms += [] if link.max_lag is None else [f"max_lag {link.max_lag}"]
         terms += [] if link.codec == "auto" else [f"codec {link.codec}"]
+    terms += [link.precision] if link.name in RELAYED else []
     return ", ".join(terms + (["insecure"] if link.insecure else []))
 
 

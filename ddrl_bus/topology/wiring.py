@@ -20,6 +20,7 @@ from ddrl_bus.topology.schema import (
     AlgorithmEntry,
     LinkSettings,
     PortRule,
+    Precision,
     one_of,
     validate,
 )
@@ -27,7 +28,7 @@ from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 QUEUE_WINDOW = 2  # one unroll under way while the receiver reads the other
 QUEUE_ONLY = ("window", "on_loss", "max_lag", "codec")
-RELAYED_ONLY = ("relay",)
+RELAYED_ONLY = ("relay", "precision")
 _UNWRITTEN = LinkSettings.model_validate({})
 
 
@@ -41,9 +42,11 @@ class Group:
 
 @dataclass
 class Wiring:
-    """Resolves all links of one topology. `default` is the algorithm's own, for a file that writes none."""
+    """Resolves all links of one topology. `default` is the algorithm's own, for a file that writes none; `acting` the
+    precision of weights that it allows."""
 
     default: Mapping[str, LinkSettings]
+    acting: Precision
     groups: Mapping[str, Group]
     insecure: bool
     complete: bool  # False: some groups are refused, so nothing can be said about who is missing
@@ -60,6 +63,8 @@ class Wiring:
         names = [name for name in dict.fromkeys([*defaults, *texts]) if name not in SYSTEM_PORTS]
         if self._replicated and not {"gradients", "sync"} & set(names):
             names.append("sync")
+        if "gradients" in names:
+            self.acting = "float32"  # a worker hands on the parameters that it computes gradients of
         links = [
             self._link(name, texts.get(name) or Node({}, nodes.at), defaults.get(name) or _UNWRITTEN, nodes)
             for name in [*names, *SYSTEM_PORTS]
@@ -103,6 +108,7 @@ class Wiring:
             insecure,
             settings.codec or default.codec or "auto",
             rule.relayed and settings.relay is not False,
+            settings.precision or (self.acting if rule.relayed else "float32"),
         )
 
     def _ends(

@@ -309,6 +309,7 @@ MISTAKES = {
     "codec": (BASE + LINKS.replace("{from", "{codec: ‹zip, from"), "links.trajectories.codec", "one of lz4, none"),
     "codec of weights": (BASE + LINKS.replace("{to", "{‹codec: lz4, to"), "links.weights.codec", "only a queue has it"),
     "relay": (BASE + LINKS.replace("{from", "{‹relay: true, from"), "links.trajectories.relay", "only weights has it"),
+    "precision": (BASE + LINKS.replace("{to", "{precision: ‹half, to"), "links.weights.precision", "float16, float32"),
     "no window": (BASE + LINKS.replace("{to", "{‹window: 2, to"), "links.weights.window", "only a queue has it"),
     "window": (BASE + LINKS.replace("{from", "{window: ‹0, from"), "links.trajectories.window", "at least 1"),
     "loss": (BASE + LINKS.replace("{from", "{on_loss: ‹drop, from"), "links.trajectories.on_loss", "count, resend"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from ddrl_bus.errors import SecurityError, UsageError
+from ddrl_bus.errors import SecurityError, TopologyError, UsageError
 from ddrl_bus.launch.catalog import catalog
 from ddrl_bus.topology import Plan, load, show
 from ddrl_bus.topology.schema import KINDS, PORTS, json_schema
@@ -409,6 +409,21 @@ def test_reference_topologies_load_and_spell_their_links_out(path: Path) -> None
         "extends" in tree
         or {name: link.keys() & {"kind", "from", "to"} for name, link in tree["links"].items()} == spelt
     )
+
+
+@pytest.mark.parametrize("path", sorted(TOPOLOGIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_weights_are_halves_where_the_rule_takes_them(path: Path) -> None:
+    """Not where a gradient is of the very policy that acted, nor where workers hand on what a server holds."""
+    plan = load(path, catalog=catalog(), environ=ENVIRON)
+    exact = {"a2c", "a3c", "ga3c", "gorila"}
+    assert plan.links["weights"].precision == ("float32" if path.stem in exact else "float16")
+    assert {link.precision for link in plan.links.values() if link.name != "weights"} == {"float32"}
+    whole = load(path, catalog=catalog(), environ=ENVIRON, overrides=["links.weights.precision=float32"])
+    assert whole.links["weights"].precision == "float32"
+    assert f"latest, {plan.links['weights'].precision}" in show.text(plan)
+    if path.stem in exact:
+        with pytest.raises(TopologyError, match=r"links\.weights\.precision: got float16, expected float32: "):
+            load(path, catalog=catalog(), environ=ENVIRON, overrides=["links.weights.precision=float16"])
 
 
 def test_two_hosts_is_refused_without_its_line_on_security() -> None:
