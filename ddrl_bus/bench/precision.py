@@ -4,8 +4,8 @@ A network is trained without a bus (`bench/control.py`). Then, update by update,
 that was just played: by its weights, by these rounded (*error*), and by those after one more update (*step*). The
 change of an update is what actors live with anyway, for they are a version or more behind.
 
-Beside it, what a learner's thread spends on copying its weights into a frame: as float32, as float16 with a look whether
-all fit, and how long numpy takes to make the halves.
+Beside it, what a learner's thread spends on copying its weights into a frame: as float32, as float16 with a look
+whether all fit, and how long numpy takes to make the halves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ddrl_bus.algos.lazy import torch
 from ddrl_bus.bench.control import Training
 from ddrl_bus.envs import EnvConfig
 from ddrl_bus.nodes.trainer import overflown
+from ddrl_bus.transport.wire import Arena
 
 UPDATES: Final = 30
 """Looked at, once the network is trained."""
@@ -118,17 +119,17 @@ def _row(case: Case, updates: int) -> Row:
 def _copying(learner: Algorithm[Any]) -> Iterator[float]:
     """Microseconds, medians, taken in turn."""
     weights = learner.weights()
-    arrays = {d: {n: np.zeros_like(w, d) for n, w in weights.items()} for d in (np.float32, np.float16)}
+    whole, half = (Arena.of("", {n: w.astype(dtype) for n, w in weights.items()}) for dtype in (np.float32, np.float16))
 
     def halves() -> None:
-        learner.copy_weights(arrays[np.float16])
-        any(overflown(array) for array in arrays[np.float16].values())
+        learner.copy_weights(half.arrays)
+        overflown(half)
 
     def by_numpy() -> None:
-        for name, array in arrays[np.float16].items():
+        for name, array in half.arrays.items():
             array[...] = weights[name]
 
-    ways = (partial(learner.copy_weights, arrays[np.float32]), halves, by_numpy)
+    ways = (partial(learner.copy_weights, whole.arrays), halves, by_numpy)
     seconds = [[_seconds(way) for way in ways] for _ in range(COPIES)]
     yield from (np.median(seconds, axis=0) * 1e6).tolist()
 

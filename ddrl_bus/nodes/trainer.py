@@ -111,8 +111,9 @@ class Trainer:
     def snapshot(self, exact: bool = False) -> Snapshot:
         """Args: `exact` leaves nothing rounded: what is to be confirmed is what a checkpoint holds."""
         with self._pack:
-            arena = self._copied("float32" if exact else self._precision)
-            if any(overflown(array) for array in arena.arrays.values()):
+            precision = "float32" if exact else self._precision
+            arena = self._copied(precision)
+            if precision == "float16" and overflown(arena):
                 if not self._overflown:
                     self._node.log.warning("weights are beyond float16; publishing float32 while there are such")
                 self._overflown = True
@@ -163,9 +164,9 @@ class Trainer:
         return True
 
 
-def overflown(array: Array) -> bool:
-    """Whether an array of float16 holds what is not finite; never, of others. Sixty times as quick as isfinite."""
-    return array.dtype == np.float16 and bool((array.view(np.uint16) & 0x7C00).max() == 0x7C00)
+def overflown(arena: Arena) -> bool:
+    """Whether an arena of float16 arrays holds what is not finite; sixty times as quick as isfinite."""
+    return bool((arena.body.view(np.uint16) & 0x7C00).max() == 0x7C00)
 
 
 def make_algorithm(node: Node, device: str) -> Algorithm[Any]:

@@ -314,9 +314,11 @@ class ReplayOptions(NodeOptions):
 
 class RelayOptions(NodeOptions):
     """Forwards the weights of other hosts to the subscribers on its own. The expansion places one on each host where
-    that saves copies: what a file says of them, as a lock does, gives way."""
+    that saves copies: what a file says of them, as a lock does, gives way. `links.weights.relay: false` leaves all
+    out."""
 
     kind: Literal["relay"] = "relay"
+    count: Annotated[int, Field(ge=1, le=MAX_NODES)] = 1
 
 
 KINDS: Mapping[str, type[NodeOptions]] = {
