@@ -426,6 +426,16 @@ def preemption(updates: int, as_json: bool) -> None:
     _print_rows(measure(updates), rows_as_text, as_json)
 
 
+@bench.command()
+@as_json
+@debug
+def precision(as_json: bool) -> None:
+    """What weights in half precision change of what actors say."""
+    from ddrl_bus.bench.precision import measure, rows_as_text
+
+    _print_rows(measure(), rows_as_text, as_json)
+
+
 def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:
     if as_json:
         import dataclasses

@@ -72,6 +72,7 @@ class AppoConfig(PolicyGradientConfig):
 
 class Appo(PolicyGradient[AppoConfig]):
     name = "appo"
+    acting = "float16"
     Config = AppoConfig
     wiring: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 2, "max_lag": 8},

@@ -11,7 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ Array: TypeAlias = Any
 
 _REST = {"rng", "counters"}  # of a state, besides networks and optimizer.*
 ConfigT = TypeVar("ConfigT", bound=AgentConfig)
+Precision: TypeAlias = Literal["float16", "float32"]
 
 
 @dataclass
@@ -105,6 +106,9 @@ class Algorithm(ABC, Generic[ConfigT]):
     """a frozen dataclass; the docstring under a field says its unit and where its default comes from"""
     wiring: ClassVar[Mapping[str, Mapping[str, object]]]
     """the links this rule learns over, in the words of a topology file"""
+    acting: ClassVar[Precision] = "float32"
+    """precision of the weights that actors play by, where a topology does not say: float16 for a rule that takes the
+    policy that acted to be another than its own, for actors recorded what theirs said, or explore anyway"""
     report_every: ClassVar[int] = 10
     """updates between two reports of `step`"""
 
@@ -318,6 +322,12 @@ class Algorithm(ABC, Generic[ConfigT]):
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """A float32 snapshot of the network under the names of its state_dict."""
         return {k: v.detach().float().cpu().numpy().copy() for k, v in self.net.state_dict().items()}
+
+    def copy_weights(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Writes the weights to arrays of any float type, under the names of `weights`; of some of them or of all."""
+        state = self.net.state_dict()
+        for name, array in arrays.items():
+            torch.from_numpy(array).copy_(state[name])  # numpy takes 20 times as long to make halves
 
     def digest(self) -> int:
         """CRC-32 of the parameters: replicas whose parameters differ have, but for a coincidence, others."""

@@ -45,6 +45,7 @@ class DqnConfig(QLearningConfig):
 
 class Dqn(QLearning[DqnConfig]):
     name = "dqn"
+    acting = "float16"
     Config = DqnConfig
 
     @classmethod

@@ -48,6 +48,7 @@ class ImpalaConfig(PolicyGradientConfig):
 
 class Impala(PolicyGradient[ImpalaConfig]):
     name = "impala"
+    acting = "float16"
     Config = ImpalaConfig
     wiring: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "trajectories": {"kind": "queue", "from": "actor", "to": "learner", "window": 2},

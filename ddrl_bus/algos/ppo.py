@@ -90,6 +90,7 @@ class Ppo(PolicyGradient[PpoConfig]):
     """Replicas that train together come equally often to what they pool: gradients, moments of advantages, the KL."""
 
     name = "ppo"
+    acting = "float16"
     Config = PpoConfig
     wiring = policy_gradient.LOCK_STEP
 

@@ -63,6 +63,7 @@ class R2d2Config(QLearningConfig):
 
 class R2d2(QLearning[R2d2Config]):
     name = "r2d2"
+    acting = "float16"
     Config = R2d2Config
 
     @classmethod

@@ -25,7 +25,7 @@ def catalog(*, probe: bool = False, starts: bool = True) -> Catalog:
         starts: nodes are to start, so that hosts need keys.
     """
     entries = {
-        name: AlgorithmEntry(cls.Config, cls.wiring, cls.passes is Algorithm.passes, cls.windows)
+        name: AlgorithmEntry(cls.Config, cls.wiring, cls.passes is Algorithm.passes, cls.windows, cls.acting)
         for name, cls in REGISTRY.items()
     }
     return Catalog(entries, probe_env if probe else None, keys.kinds if starts else lambda host: keys.ANY)

@@ -52,6 +52,7 @@ START_ORDER: Final[Sequence[str]] = (  # the slowest to start first
     "inference",
     "actor",
     "controller",
+    "relay",
     "evaluator",
 )
 SSH_FAILED: Final = 255

@@ -55,9 +55,10 @@ KINDS: Final = {
     "inference": "Inference",
     "param_server": "ParamServer",
     "replay": "Replay",
+    "relay": "Relay",
 }
 """Kind → class, in the module of that name; it is imported when a node of the kind is made."""
-ROLES: Final = ("controller", "learner", "actor", "evaluator", "inference", "param_server", "replay")
+ROLES: Final = ("controller", "learner", "actor", "evaluator", "inference", "param_server", "replay", "relay")
 """Order is part of every seed: append only."""
 
 TRANSITIONS: Final[dict[NodeState, frozenset[NodeState]]] = {

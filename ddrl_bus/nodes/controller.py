@@ -38,7 +38,10 @@ DEAD_S: Final = 5.0
 """A node silent for this long is not waited for."""
 CONFIRM_S: Final = 60.0
 """A confirmation takes at most this long."""
-DRAIN_ORDER: Final = (("actor", "evaluator"), ("inference",), ("learner",), ("replay",), ("param_server",))
+DRAIN_ORDER: Final = (
+    *(("actor", "evaluator"), ("inference",), ("relay",)),
+    *(("learner",), ("replay",), ("param_server",)),
+)
 
 
 @dataclass(slots=True)

@@ -200,11 +200,12 @@ def check_addresses(plan: Plan, root: Node, problems: Problems) -> None:
             elif first != user:
                 message = f"{bind.address}:{port} is taken twice, by {first} and by {user}; give this host"
                 problems.add(at, path, f"{message} a first port of its own: {bind.address}:{plan.port + 100}")
-        _check_ipc(plan, bind.near, root, problems)
+        for address in bind.addresses:
+            _check_ipc(address, root, problems)
 
 
-def _check_ipc(plan: Plan, address: str | None, root: Node, problems: Problems) -> None:
-    path = address.removeprefix("ipc://") + CREDITS_SUFFIX if address and address.startswith("ipc:") else ""
+def _check_ipc(address: str, root: Node, problems: Problems) -> None:
+    path = address.removeprefix("ipc://") + CREDITS_SUFFIX if address.startswith("ipc:") else ""
     if (size := len(path.encode(errors="surrogateescape"))) > MAX_IPC_PATH:
         message = f"ipc path of {size} bytes, expected at most {MAX_IPC_PATH}: {came(path)}; set TMPDIR to a shorter"
         problems.add(root, "", f"{message} directory, or shorten the run id and the names of groups")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddrl_bus.errors import EnvError, SecurityError, TopologyError, UsageError
-from ddrl_bus.topology import checks
+from ddrl_bus.topology import checks, relays
 from ddrl_bus.topology.files import expand, read_tree
 from ddrl_bus.topology.plan import LinkPlan, Plan
 from ddrl_bus.topology.roles import Roles
@@ -143,7 +143,7 @@ def _plan(tree: Node, catalog: Catalog, problems: Problems) -> Plan | None:
                 checks.check_replays(algo, catalog.algorithms[algo_name], whole, links, tree, problems)
     if problems or not settings or not env or not stop or not checkpoint:
         return None
-    return Plan(
+    plan = Plan(
         name=settings.name,
         run_id=settings.run_id or "",
         seed=settings.seed,
@@ -158,6 +158,7 @@ def _plan(tree: Node, catalog: Catalog, problems: Problems) -> Plan | None:
         hosts=hosts,
         port=settings.port,
     )
+    return relays.placed(plan)
 
 
 def _links(
@@ -169,8 +170,10 @@ def _links(
     problems: Problems,
 ) -> dict[str, LinkPlan]:
     insecure = tree.children().get("insecure")
+    entry = catalog.algorithms[algo_name]
     wiring = Wiring(
-        default=default_links(catalog.algorithms[algo_name]),
+        default=default_links(entry),
+        acting=entry.acting,
         groups={name: Group(options.kind, options.count) for name, options in groups.items()},
         insecure=insecure is not None and insecure.value is True,
         complete=_complete(tree, groups),

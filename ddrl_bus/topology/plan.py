@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,12 +16,14 @@ from typing import Any, Literal
 
 from ddrl_bus.errors import UsageError
 from ddrl_bus.topology.schema import (
+    RELAYED,
     SYSTEM_PORTS,
     ActorOptions,
     CheckpointSettings,
     EnvSettings,
     LinkKind,
     NodeOptions,
+    Precision,
     Section,
     StopSettings,
     split_address,
@@ -62,6 +65,8 @@ class LinkPlan:
     max_lag: int | None
     insecure: bool
     codec: Codec = "auto"
+    relay: bool = False
+    precision: Precision = "float32"
 
     @property
     def binding_side(self) -> Literal["out", "in"]:
@@ -76,7 +81,8 @@ class LinkPlan:
 
 @dataclass(frozen=True)
 class Port:
-    """A node's end of a link: it binds (`binds`) or connects (`peers`: node name -> address); among equals, both."""
+    """A node's end of a link: it binds (`binds`) or connects (`peers`: node name -> address); among equals, both. A
+    relay binds one address for each publisher that it connects to, in their order."""
 
     link: LinkPlan
     side: Literal["out", "in"]
@@ -86,16 +92,18 @@ class Port:
 
 @dataclass(frozen=True)
 class Bind:
-    """What one node binds for one link: an address for peers on its host, one for the others, or both."""
+    """What one node binds for one link: an address for peers on its host, one for the others, or both; a relay one for
+    each publisher whose values it forwards."""
 
     near: str | None
     far: str | None
     address: str = ""  # of `far`
     port: int = 0
+    relayed: Mapping[str, str] = field(default_factory=dict)  # publisher -> address
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return tuple(address for address in (self.near, self.far) if address)
+        return tuple(address for address in (self.near, self.far, *self.relayed.values()) if address)
 
 
 @dataclass(frozen=True)
@@ -172,18 +180,24 @@ class Plan:
         ports = {}
         for link in self.links.values():
             side: Literal["out", "in"] = "out" if node.group in link.sources else "in"
-            if node.group not in link.sources + link.targets:
+            relays = self.relays.get((node.host, link.name)) is node
+            if node.group not in link.sources + link.targets and not relays:
                 continue
             binds = self.binds[node.name, link.name].addresses if (node.name, link.name) in self.binds else ()
-            connects = side != link.binding_side or link.mutual
+            connects = side != link.binding_side or link.mutual or relays
             ports[link.name] = Port(link, side, binds, dict(self._peers(node, link)) if connects else {})
         return ports
 
     def _peers(self, node: NodePlan, link: LinkPlan) -> Iterator[tuple[str, str]]:
         binders = link.sources if link.binding_side == "out" else link.targets
+        relay = self.relays.get((node.host, link.name))
         for peer in (peer for peer in self.members(binders) if peer is not node and _meet(link, node, peer)):
-            bind = self.binds[peer.name, link.name]
-            address = bind.near if self.in_process or peer.host == node.host else bind.far
+            bind, here = self.binds[peer.name, link.name], peer.host == node.host
+            if node is relay and here:
+                continue
+            address = bind.near if self.in_process or here else bind.far
+            if relay and node is not relay and not here:
+                address = self.binds[relay.name, link.name].relayed[peer.name]
             assert address, f"{peer.name} does not bind {link.name} for {node.name}"
             yield peer.name, address
 
@@ -191,7 +205,32 @@ class Plan:
         """The nodes of other hosts that connect to what this one binds for a link."""
         node, link = self.nodes[node_name], self.links[link_name]
         others = link.targets if link.binding_side == "out" else link.sources
-        return (peer for peer in self.members(others) if peer.host != node.host and _meet(link, node, peer))
+        far = (peer for peer in self.members(others) if peer.host != node.host and _meet(link, node, peer))
+        return iter({(guest := self.relays.get((peer.host, link_name), peer)).name: guest for peer in far}.values())
+
+    @cached_property
+    def relays(self) -> dict[tuple[str, str], NodePlan]:
+        """(host, link) -> the node that subscribes there to other hosts' publishers, in place of all others."""
+        placed = {node.host: node for node in self.nodes.values() if node.kind == "relay"}
+        return {
+            (host, link.name): placed[host]
+            for link in self.links.values()
+            for host in self.relayed_to(link)
+            if host in placed
+        }
+
+    def relayed_to(self, link: LinkPlan) -> list[str]:
+        """The hosts on which several processes would subscribe to another host's publishers."""
+        if not link.relay or bundle_of(link, self.groups):
+            return []
+        publishers = list(self.members(link.sources))
+        far = {
+            (node.host, node.process)
+            for node in self.members(link.targets)
+            if any(node.host != publisher.host and _meet(link, node, publisher) for publisher in publishers)
+        }
+        processes = Counter(host for host, _ in sorted(far))
+        return [host for host in self.hosts if processes[host] > 1]
 
     @cached_property
     def binds(self) -> dict[tuple[str, str], Bind]:
@@ -216,6 +255,11 @@ class Plan:
                 bind = self._bind(node, link, near, bool(hosts - {node.host}), next_port[node.host])
                 binds[node.name, link.name] = bind
                 next_port[node.host] += TCP_PORTS[link.kind] if bind.far else 0
+        root = "memory:/" if self.in_process else f"ipc://{self.ipc_dir}"
+        for (host, name), relay in self.relays.items():
+            publishers = [node.name for node in self.members(self.links[name].sources) if node.host != host]
+            relayed = {publisher: f"{root}/{relay.name}.{name}.{publisher}" for publisher in publishers}
+            binds[relay.name, name] = Bind(None, None, relayed=relayed)
         return binds
 
     def _bind(self, node: NodePlan, link: LinkPlan, near: bool, far: bool, port: int) -> Bind:
@@ -286,6 +330,7 @@ def _link(link: LinkPlan) -> dict[str, Any]:
         data |= {"window": link.window, "on_loss": link.on_loss}
         data |= {} if link.max_lag is None else {"max_lag": link.max_lag}
     data |= {} if link.codec == "auto" else {"codec": link.codec}
+    data |= {"relay": link.relay, "precision": link.precision} if link.name in RELAYED else {}
     return data | {"insecure": link.insecure}
 
 

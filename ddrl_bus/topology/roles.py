@@ -58,6 +58,7 @@ class Roles:
         self._check_trainers()
         self._check_outliers()
         self._check_preemption()
+        self._check_precision()
 
     def _say(self, path: tuple[str, ...], message: str) -> None:
         self.problems.add(self.root.find(path), dotted(path), message)
@@ -173,6 +174,19 @@ class Roles:
         elif share and not self._in_lock_step:
             message = f"got {share:g}, but nobody waits for a straggler's unroll; set links.trajectories.max_lag to 0"
             self._say(("algo", "preempt"), f"{message}, or leave it out")
+
+    def _check_precision(self) -> None:
+        """Weights that are rounded are not those that a gradient is of."""
+        link = self.links.get("weights")
+        if link is None or link.precision == "float32":
+            return
+        if "gradients" in self.links:
+            why = "a worker's actors play by the very parameters that it computes gradients of"
+        elif self.algorithm.acting == "float32":
+            why = "this rule takes the policy that acted for its own"
+        else:
+            return
+        self._say(("links", "weights", "precision"), f"got {link.precision}, expected float32: {why}")
 
     def _check_servers(self) -> None:
         """Of several parameter servers each holds a part: who meets only the one in its bundle lacks the others'."""

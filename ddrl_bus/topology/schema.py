@@ -172,6 +172,7 @@ class CheckpointSettings(Section):
 
 
 LinkKind = Literal["queue", "latest", "request"]
+Precision = Literal["float16", "float32"]
 
 
 class LinkSettings(Section):
@@ -192,6 +193,11 @@ class LinkSettings(Section):
     codec: Literal["none", "lz4", "delta"] | None = None
     """queue: how large arrays travel, none or lz4; default: compressed where that pays. latest: delta sends to other
     hosts what differs from what they hold; default: none."""
+    relay: bool | None = None
+    """weights: a host on which several processes subscribe to another host's gets one copy; default: true."""
+    precision: Precision | None = None
+    """weights: that they are played by; a learner's own, checkpoints and confirmations are float32. Default: float16
+    where the learning rule takes the policy that acted to be another than its own."""
     insecure: bool | None = None
     """Lets this link leave its machine in the open."""
 
@@ -307,6 +313,15 @@ class ReplayOptions(NodeOptions):
     """Its contents are part of checkpoints."""
 
 
+class RelayOptions(NodeOptions):
+    """Forwards the weights of other hosts to the subscribers on its own. The expansion places one on each host where
+    that saves copies: what a file says of them, as a lock does, gives way. `links.weights.relay: false` leaves all
+    out."""
+
+    kind: Literal["relay"] = "relay"
+    count: Annotated[int, Field(ge=1, le=MAX_NODES)] = 1
+
+
 KINDS: Mapping[str, type[NodeOptions]] = {
     "actor": ActorOptions,
     "learner": LearnerOptions,
@@ -315,6 +330,7 @@ KINDS: Mapping[str, type[NodeOptions]] = {
     "inference": InferenceOptions,
     "param_server": ParamServerOptions,
     "replay": ReplayOptions,
+    "relay": RelayOptions,
 }
 
 
@@ -325,6 +341,8 @@ class PortRule:
     kind: LinkKind
     sources: tuple[str, ...]
     targets: tuple[str, ...]
+    relayed: bool = False
+    """Between hosts by way of relays."""
 
     def __str__(self) -> str:
         """`queue, actor → learner`"""
@@ -334,13 +352,14 @@ class PortRule:
 PORTS: Mapping[str, PortRule] = {
     "trajectories": PortRule("queue", ("actor", "inference"), ("learner", "replay")),
     "samples": PortRule("request", ("learner",), ("replay",)),
-    "weights": PortRule("latest", ("learner",), ("actor", "inference", "evaluator")),
+    "weights": PortRule("latest", ("learner",), ("actor", "inference", "evaluator"), relayed=True),
     "act": PortRule("request", ("actor",), ("inference",)),
     "gradients": PortRule("request", ("learner",), ("param_server",)),
     "parameters": PortRule("latest", ("param_server",), ("evaluator",)),
     "sync": PortRule("latest", ("learner",), ("learner",)),
     "tally": PortRule("latest", ("learner",), ("actor",)),
 }
+RELAYED = tuple(name for name, rule in PORTS.items() if rule.relayed)
 _OTHERS = tuple(kind for kind in KINDS if kind != "controller")
 SYSTEM_PORTS: Mapping[str, PortRule] = {
     "progress": PortRule("request", _OTHERS, ("controller",)),
@@ -366,6 +385,8 @@ class AlgorithmEntry:
     windows: Callable[[Any], Any] = lambda config: None
     """Of its Config: how an unroll is replayed, as `algos.base.Windows`; None for a rule that learns from unrolls as
     they come."""
+    acting: Precision = "float32"
+    """Of the weights that actors play by; float32 where the rule takes the policy that acted for its own."""
 
 
 HostKeys = Callable[[str], frozenset[str] | None]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ddrl_bus.topology.plan import LinkPlan, NodePlan, Plan
-from ddrl_bus.topology.schema import SYSTEM_PORTS, NodeOptions
+from ddrl_bus.topology.schema import RELAYED, SYSTEM_PORTS, NodeOptions
 
 
 def text(plan: Plan) -> str:
@@ -21,7 +21,9 @@ def text(plan: Plan) -> str:
     lines += ["", "links"]
     for link in plan.links.values():
         lines.append(f"  {link.name:<16} {_arrow(link)}  {_terms(link)}")
-        for node in plan.members(link.sources if link.binding_side == "out" else link.targets):
+        binders = plan.members(link.sources if link.binding_side == "out" else link.targets)
+        relays = (relay for (_, name), relay in plan.relays.items() if name == link.name)
+        for node in (*binders, *relays):
             bind = plan.binds[node.name, link.name]
             lines += [f"    {node.name} binds {address}" for address in bind.addresses]
     return "\n".join(lines) + "\n"
@@ -48,6 +50,7 @@ def _terms(link: LinkPlan) -> str:
         terms += [f"window {link.window}", f"on_loss {link.on_loss}"]
         terms += [] if link.max_lag is None else [f"max_lag {link.max_lag}"]
     terms += [] if link.codec == "auto" else [f"codec {link.codec}"]
+    terms += [link.precision] if link.name in RELAYED else []
     return ", ".join(terms + (["insecure"] if link.insecure else []))
 
 
@@ -88,8 +91,20 @@ def _arrows(plan: Plan, ids: Mapping[Box, str]) -> Iterator[str]:
         if link.name in SYSTEM_PORTS:
             continue
         label = f"{link.name}: {link.kind}" + (f", window {link.window}" if link.kind == "queue" else "")
-        for source in (box for box in ids if box[2] in link.sources):
-            for target in (box for box in ids if box[2] in link.targets):
-                apart = source[1] is not None and source[1] == target[1] and source[0] != target[0]
-                if not apart:  # members of one bundle that meet are on one host
-                    yield f'  {ids[source]} -- "{label}" --> {ids[target]}'
+        relays = {host: (host, None, relay.group) for (host, name), relay in plan.relays.items() if name == link.name}
+        arrows = [
+            (source, target)
+            for source in (box for box in ids if box[2] in link.sources)
+            for target in (box for box in ids if box[2] in link.targets)
+            # members of one bundle that meet are on one host
+            if not (source[1] is not None and source[1] == target[1] and source[0] != target[0])
+        ]
+        for source, target in dict.fromkeys(pair for arrow in arrows for pair in _by_relay(arrow, relays)):
+            yield f'  {ids[source]} -- "{label}" --> {ids[target]}'
+
+
+def _by_relay(arrow: tuple[Box, Box], relays: Mapping[str, Box]) -> Iterator[tuple[Box, Box]]:
+    """An arrow, or those to and from the relay of the host that it leads to."""
+    source, target = arrow
+    relay = relays.get(target[0]) if source[0] != target[0] else None
+    yield from [arrow] if relay is None else [(source, relay), (relay, target)]

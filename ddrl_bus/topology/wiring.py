@@ -15,10 +15,12 @@ from typing import Literal
 from ddrl_bus.topology.plan import LinkPlan
 from ddrl_bus.topology.schema import (
     PORTS,
+    RELAYED,
     SYSTEM_PORTS,
     AlgorithmEntry,
     LinkSettings,
     PortRule,
+    Precision,
     one_of,
     validate,
 )
@@ -26,6 +28,7 @@ from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 QUEUE_WINDOW = 2  # one unroll under way while the receiver reads the other
 QUEUE_ONLY = ("window", "on_loss", "max_lag")
+RELAYED_ONLY = ("relay", "precision")
 CODECS = {"queue": ("none", "lz4"), "latest": ("none", "delta"), "request": ()}
 _UNWRITTEN = LinkSettings.model_validate({})
 
@@ -40,9 +43,11 @@ class Group:
 
 @dataclass
 class Wiring:
-    """Resolves all links of one topology. `default` is the algorithm's own, for a file that writes none."""
+    """Resolves all links of one topology. `default` is the algorithm's own, for a file that writes none; `acting` the
+    precision of weights that it allows."""
 
     default: Mapping[str, LinkSettings]
+    acting: Precision
     groups: Mapping[str, Group]
     insecure: bool
     complete: bool  # False: some groups are refused, so nothing can be said about who is missing
@@ -59,6 +64,8 @@ class Wiring:
         names = [name for name in dict.fromkeys([*defaults, *texts]) if name not in SYSTEM_PORTS]
         if self._replicated and not {"gradients", "sync"} & set(names):
             names.append("sync")
+        if "gradients" in names:
+            self.acting = "float32"  # a worker hands on the parameters that it computes gradients of
         links = [
             self._link(name, texts.get(name) or Node({}, nodes.at), defaults.get(name) or _UNWRITTEN, nodes)
             for name in [*names, *SYSTEM_PORTS]
@@ -81,10 +88,12 @@ class Wiring:
         if settings.kind not in (None, rule.kind):
             message = f"got {came(settings.kind)}, expected {rule.kind}: {name} is {rule}"
             self.problems.add(node.find(["kind"]), dotted((*path, "kind")), message)
-        for key in QUEUE_ONLY if rule.kind != "queue" else ():
+        wrong = dict.fromkeys(QUEUE_ONLY if rule.kind != "queue" else (), "a queue")
+        wrong |= dict.fromkeys(() if rule.relayed else RELAYED_ONLY, " or ".join(RELAYED))
+        for key, owner in wrong.items():
             if getattr(settings, key) is not None:
                 at = node.find([key])
-                self.problems.add(at.key_at or at, dotted((*path, key)), f"only a queue has it; {name} is {rule}")
+                self.problems.add(at.key_at or at, dotted((*path, key)), f"only {owner} has it; {name} is {rule}")
         if settings.codec is not None and settings.codec not in (codecs := CODECS[rule.kind]):
             expected = " or ".join(codecs) or "no codec"
             message = f"got {came(settings.codec)}, expected {expected}: {name} is {rule}"
@@ -103,6 +112,8 @@ class Wiring:
             default.max_lag if settings.max_lag is None else settings.max_lag,
             insecure,
             settings.codec or default.codec or "auto",
+            rule.relayed and settings.relay is not False,
+            settings.precision or (self.acting if rule.relayed else "float32"),
         )
 
     def _ends(

@@ -213,6 +213,11 @@ class Arena:
     def compressible(self) -> bool:
         return self._layout.compressible
 
+    @property
+    def body(self) -> Array:
+        """[nbytes] uint8: all arrays as they will travel, zeros between them."""
+        return self._buffer[self._room :]
+
     def encode(
         self, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int = 0, *, compress: bool = False
     ) -> memoryview:

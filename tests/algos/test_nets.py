@@ -154,6 +154,22 @@ def test_the_learning_network_says_what_the_acting_one_said(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_policy_takes_halves_as_it_takes_the_numbers_that_they_are(case: str) -> None:
+    spaces, changes = CASES[case]
+    learner = learner_of(spaces, **changes)
+    halves = {name: array.astype(np.float16) for name, array in learner.weights().items()}
+    said = []
+    for weights in (halves, {name: array.astype(np.float32) for name, array in halves.items()}):
+        for array in weights.values():
+            array.flags.writeable = False  # as of a message
+        policy = make_policy(Recording, learner.config, spaces, seed=3)
+        policy.load(weights)
+        said.append(Walk(policy, spaces).unroll()[0].record["policy"])
+    np.testing.assert_array_equal(*said)
+    assert said[0].any()
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_reach_every_parameter(case: str) -> None:
     spaces, changes = CASES[case]
     learner = learner_of(spaces, **changes)

@@ -21,6 +21,8 @@ from ddrl_bus.transport import ledger
 
 LATE_S = 10.0
 CUT_S = 2.0
+RUNS = ("actor", "evaluator", "relay")
+"""Kinds of node on the second host."""
 DOWN_S = 2.0
 TWO_HOSTS = ("two-hosts", "nodes.actor.count=2")
 DDPPO = (
@@ -166,7 +168,7 @@ def keys(tmp_path: Path) -> dict[str, Path]:
     """Host → its folder of keys, after each has allowed the other."""
     folders = {host: tmp_path / f"keys-{host}" for host in ADDRESSES}
     public = {host: ddrl_keys(folder, "new", host) for host, folder in folders.items()}
-    ddrl_keys(folders["gpu0"], "allow", "cpu1", public["cpu1"], "--role", "actor", "--role", "evaluator")
+    ddrl_keys(folders["gpu0"], "allow", "cpu1", public["cpu1"], *(f"--role={kind}" for kind in RUNS))
     ddrl_keys(folders["cpu1"], "allow", "gpu0", public["gpu0"])
     return folders
 

@@ -41,7 +41,7 @@ def plan_of(tmp_path: Path, *overrides: str, text: str = TOPOLOGY) -> Plan:
 
 
 def test_the_learner_lets_each_host_speak_for_its_own_actors(tmp_path: Path) -> None:
-    access = access_of(plan_of(tmp_path), "learner-0")
+    access = access_of(plan_of(tmp_path, "links.weights.relay=false"), "learner-0")
     assert access.guests["trajectories"] == {
         "actor-0": Peer("cpu1", "actor"),
         "actor-1": Peer("cpu2", "actor"),
@@ -54,7 +54,7 @@ def test_the_learner_lets_each_host_speak_for_its_own_actors(tmp_path: Path) -> 
 
 
 def test_an_actor_binds_nothing_and_dials_who_has_its_learners_key(tmp_path: Path) -> None:
-    access = access_of(plan_of(tmp_path), "actor-0")
+    access = access_of(plan_of(tmp_path), "actor-1")
     assert access.binds == frozenset()
     assert access.guests == {}
     assert set(access.servers.values()) == {Peer("gpu0", "learner"), Peer("gpu0", "controller")}
@@ -66,8 +66,20 @@ def test_an_insecure_link_is_plain_and_the_others_are_not(tmp_path: Path) -> Non
     access = access_of(plan, "learner-0")
     assert len(access.plain) == 1
     assert access.guests.keys() == {"trajectories"}
-    assert insecure_links(plan, "learner-0") == insecure_links(plan, "actor-0") == ["weights"]
+    assert insecure_links(plan, "learner-0") == insecure_links(plan, "actor-1") == ["weights"]
     assert access_of(plan_of(tmp_path, "insecure=true"), "learner-0").binds == frozenset()
+
+
+def test_weights_that_are_relayed_are_the_relays_to_hear(tmp_path: Path) -> None:
+    """Its host's subscribers are no guests any more, and dial nobody for them."""
+    plan = plan_of(tmp_path)
+    access = access_of(plan, "learner-0")
+    assert access.guests["weights"] == {"actor-1": Peer("cpu2", "actor"), "relay-0": Peer("cpu1", "relay")}
+    relay = access_of(plan, "relay-0")
+    assert (relay.binds, relay.guests) == (frozenset(), {})
+    assert set(relay.servers.values()) == {Peer("gpu0", "learner"), Peer("gpu0", "controller")}
+    assert len(relay.servers) == 3  # weights, progress, control
+    assert len(access_of(plan, "actor-0").servers) == 4  # no weights
 
 
 @pytest.mark.parametrize("overrides", [["hosts.cpu1=127.0.0.2", "hosts.gpu0=127.0.0.1", "hosts.cpu2=127.0.0.3"]])
@@ -139,8 +151,8 @@ async def test_a_node_in_the_open_says_so_again_and_again(
 ) -> None:
     monkeypatch.setattr(base, "WARN_S", 0.001)
     monkeypatch.setenv(keys.ENVIRONMENT, str(tmp_path / "keys"))
-    keys.new("cpu1")
-    node = Probe(plan_of(tmp_path, f"links.weights.insecure={insecure}"), "actor-0", tmp_path, 1)
+    keys.new("cpu2")
+    node = Probe(plan_of(tmp_path, f"links.weights.insecure={insecure}"), "actor-1", tmp_path, 1)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.2):
             await node._warn()

@@ -36,6 +36,7 @@ from ddrl_bus.versions import versions
 
 NODES = {"actor-0": "actor", "actor-1": "actor", "learner-0": "learner", "evaluator-0": "evaluator"}
 OTHERS = {"learner-1": "learner", "param_server-0": "param_server", "param_server-1": "param_server"}
+OTHERS |= {"relay-0": "relay"}
 
 
 class Stage:
@@ -222,6 +223,22 @@ async def test_sources_drain_before_sinks(on_stage: OnStage) -> None:
         async with asyncio.timeout(PATIENCE_S):
             await stage.controller.task
         assert stage.result()["reason"] == "stop"
+
+
+async def test_a_relay_drains_between_its_subscribers_and_the_learner(on_stage: OnStage) -> None:
+    hosts = ("hosts.a=127.0.0.1", "hosts.b=127.0.0.2", "nodes.actor.host=[b]", "nodes.evaluator.host=[b]")
+    async with on_stage(*hosts) as stage:
+        names = ["actor-0", "actor-1", "evaluator-0", "relay-0", "learner-0"]
+        for name in names:
+            await stage.beat(name)
+        assert parse(Control, await stage.asked(STOP)).draining == names[:3]
+        for name in names[:2]:
+            await stage.beat(name, state="stopped")
+        assert (await stage.beat("relay-0")).draining == names[:3]
+        await stage.beat("evaluator-0", state="stopped")
+        await stage.said("drain", draining=names[:4])
+        await stage.beat("relay-0", state="stopped")
+        await stage.said("drain", draining=names)
 
 
 async def test_a_parameter_server_drains_after_its_workers(on_stage: OnStage) -> None:

@@ -25,6 +25,7 @@ from ddrl_bus.transport.wire import Arena, Array
 
 UNROLL, BATCH = 5, 8
 ROWS = UNROLL * BATCH
+EXACT = "links.weights.precision=float32"
 
 
 class Stage:
@@ -115,7 +116,7 @@ async def test_publish_every(on_stage: OnStage) -> None:
 
 
 async def test_delay_publishes_what_was_the_newest_so_many_updates_ago(on_stage: OnStage) -> None:
-    async with on_stage("nodes.learner.delay=2") as stage:
+    async with on_stage("nodes.learner.delay=2", EXACT) as stage:
         assert (await stage.version(0)).updates == 0
         arrays = [stage.algo.weights()]
         for n in range(1, 6):
@@ -135,6 +136,54 @@ async def test_delay_publishes_what_was_the_newest_so_many_updates_ago(on_stage:
         stage.controller.say(phase="confirm", confirm=1)
         assert await stage.version(5) == Weights(env_steps=5 * ROWS, updates=5, confirm=1)
         await stage.learner.drained()
+
+
+# ── what it publishes ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def weights_of(stage: Stage, **expected: int) -> dict[str, Array]:
+    """The first published weights whose fields are these."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            message = await stage.weights.next()
+            if all(message.fields[name] == value for name, value in expected.items()):
+                return message.arrays
+
+
+async def test_actors_play_by_halves_and_what_is_confirmed_is_what_is_saved(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.version(0)
+        await stage.send()
+        halves = await weights_of(stage, updates=1)
+        exact = stage.algo.weights()
+        assert halves.keys() == exact.keys()
+        for name, array in halves.items():
+            assert array.dtype == np.float16
+            np.testing.assert_array_equal(array, exact[name].astype(np.float16))
+        stage.controller.say(phase="confirm", confirm=1)
+        confirmed = await weights_of(stage, confirm=1)
+        await stage.learner.drained()
+        assert stage.saved is not None
+        for name, array in confirmed.items():
+            np.testing.assert_array_equal(array, stage.saved.arrays[f"net.{name}"], strict=True)
+        assert any((halves[name] != array).any() for name, array in confirmed.items())
+
+
+@pytest.mark.parametrize("value", [65_520.0, -1e6, float("inf")])
+async def test_what_is_beyond_halves_is_published_whole(on_stage: OnStage, value: float, caplog: Any) -> None:
+    """65,520 is the least that rounds to infinity; whoever plays by it needs the number that it is."""
+    async with on_stage("nodes.learner.publish_every=1") as stage:
+        await stage.version(0)
+        bias = stage.algo.net.state_dict()["policy.bias"]
+        stage.algo.step = lambda batch, env_steps: stage.algo.count(env_steps) or {}
+        for n, (stored, dtype) in enumerate([(value, np.float32), (value, np.float32), (65_504.0, np.float16)]):
+            bias[:] = stored
+            await stage.send(version=n)
+            arrays = await weights_of(stage, updates=n + 1)
+            assert {array.dtype for array in arrays.values()} == {np.dtype(dtype)}
+            assert arrays["policy.bias"].tolist() == [stored, stored]
+        await stage.learner.drained()
+    assert caplog.text.count("beyond float16") == 1
 
 
 async def test_columns_of_several_actors_fill_a_batch(on_stage: OnStage) -> None:
@@ -435,7 +484,7 @@ async def test_no_trainer_sees_half_an_update(on_stage: OnStage, monkeypatch: py
     """And what is published is whole, whichever thread is first: every second version, two updates late."""
     seen = gradients_of(monkeypatch)
     published: dict[int, dict[str, Array]] = {}
-    settings = ("nodes.learner.publish_every=2", "nodes.learner.delay=2", "links.trajectories.window=16")
+    settings = ("nodes.learner.publish_every=2", "nodes.learner.delay=2", "links.trajectories.window=16", EXACT)
     async with on_stage("nodes.learner.trainers=3", *settings, inline=False) as stage:
         first = await stage.version(0)
         versions = versions_of(stage)

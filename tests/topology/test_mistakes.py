@@ -321,6 +321,8 @@ MISTAKES = {
         "links.trajectories.codec",
         "got 'delta', expected none or lz4",
     ),
+    "relay": (BASE + LINKS.replace("{from", "{‹relay: true, from"), "links.trajectories.relay", "only weights has it"),
+    "precision": (BASE + LINKS.replace("{to", "{precision: ‹half, to"), "links.weights.precision", "float16, float32"),
     "no window": (BASE + LINKS.replace("{to", "{‹window: 2, to"), "links.weights.window", "only a queue has it"),
     "window": (BASE + LINKS.replace("{from", "{window: ‹0, from"), "links.trajectories.window", "at least 1"),
     "loss": (BASE + LINKS.replace("{from", "{on_loss: ‹drop, from"), "links.trajectories.on_loss", "count, resend"),
@@ -835,8 +837,10 @@ def test_keys_of_all_hosts_excuse_them(tmp_path: Path) -> None:
 
 
 def test_a_key_for_some_kinds_of_node_is_for_no_others(tmp_path: Path) -> None:
-    assert load_text(tmp_path, REMOTE, catalog=keys_of(a="", b="actor"))
-    (line,) = refused(tmp_path, REMOTE, catalog=keys_of(a="learner", b="actor"))
+    assert load_text(tmp_path, REMOTE, catalog=keys_of(a="", b="actor relay"))
+    (line,) = refused(tmp_path, REMOTE, catalog=keys_of(a="", b="actor"))
+    assert "the key of b is allowed for actor only, not for relay;" in line
+    (line,) = refused(tmp_path, REMOTE, catalog=keys_of(a="learner", b="actor relay"))
     assert "the key of a is allowed for learner only, not for controller;" in line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from ddrl_bus.errors import SecurityError, UsageError
+from ddrl_bus.errors import SecurityError, TopologyError, UsageError
 from ddrl_bus.launch.catalog import catalog
 from ddrl_bus.topology import Plan, load, show
 from ddrl_bus.topology.schema import KINDS, PORTS, json_schema
@@ -63,7 +64,7 @@ def test_on_one_host_everything_is_ipc(tmp_path: Path) -> None:
 def test_across_hosts_ports_count_up_from_the_controllers(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, TWO_HOSTS)
     root = f"ipc:///run/x/ddrl-{os.getuid()}/r"
-    assert [n.name for n in plan.on_host("b")] == ["actor-0", "actor-2", "evaluator-0"]
+    assert [n.name for n in plan.on_host("b")] == ["actor-0", "actor-2", "evaluator-0", "relay-0"]
     assert plan.nodes["controller-0"].host == "a"
     binds = {f"{name}.{link}": bind.addresses for (name, link), bind in plan.binds.items()}
     assert binds == {
@@ -71,6 +72,7 @@ def test_across_hosts_ports_count_up_from_the_controllers(tmp_path: Path) -> Non
         "controller-0.control": (f"{root}/controller-0.control", "tcp://10.0.0.1:7078"),
         "learner-0.trajectories": (f"{root}/learner-0.trajectories", "tcp://10.0.0.1:7079"),
         "learner-0.weights": (f"{root}/learner-0.weights", "tcp://10.0.0.1:7081"),  # credits are on 7080
+        "relay-0.weights": (f"{root}/relay-0.weights.learner-0",),
     }
     assert plan.ports("actor-0")["trajectories"].peers == {"learner-0": "tcp://10.0.0.1:7079"}
     assert plan.ports("actor-1")["trajectories"].peers == {"learner-0": f"{root}/learner-0.trajectories"}
@@ -102,7 +104,8 @@ def test_every_end_binds_or_connects_and_every_connection_is_bound(text: str, in
     ports = [(name, port) for name in plan.nodes for port in plan.ports(name).values()]
     bound = {address for _, port in ports for address in port.binds}
     for name, port in ports:
-        assert bool(port.binds) != bool(port.peers) or port.link.mutual, name
+        relays = plan.nodes[name].kind == "relay" and port.link.relay
+        assert bool(port.binds) != bool(port.peers) or port.link.mutual or relays, name
         assert set(port.peers.values()) <= bound
     with pytest.raises(KeyError):
         plan.ports("actor-9")
@@ -236,6 +239,76 @@ def test_one_learner_has_nobody_to_hear(tmp_path: Path) -> None:
     assert (len(alone.binds), alone.peers) == (1, {})
 
 
+# ── relays ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_host_with_several_subscribers_gets_one_copy_by_a_relay(tmp_path: Path) -> None:
+    """Whoever is on the learner's host hears it as before, and everything but weights goes its own way."""
+    plan = plan_of(tmp_path, TWO_HOSTS)
+    here = f"ipc:///run/x/ddrl-{os.getuid()}/r/relay-0.weights.learner-0"
+    relay = plan.nodes["relay-0"]
+    assert (relay.kind, relay.group, relay.host, relay.process) == ("relay", "relay", "b", "relay-0")
+    ports = plan.ports("relay-0")
+    assert ports.keys() == {"weights", "progress", "control"}
+    assert (ports["weights"].binds, ports["weights"].peers) == ((here,), {"learner-0": "tcp://10.0.0.1:7081"})
+    for name in ("actor-0", "actor-2", "evaluator-0"):
+        assert plan.ports(name)["weights"].peers == {"learner-0": here}
+    assert plan.ports("actor-1")["weights"].peers["learner-0"].endswith("/learner-0.weights")
+    assert [guest.name for guest in plan.guests("learner-0", "weights")] == ["relay-0"]
+    assert [guest.name for guest in plan.guests("learner-0", "trajectories")] == ["actor-0", "actor-2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        (BASE, ()),
+        (TWO_HOSTS, ("b",)),
+        (TWO_HOSTS + "links: {trajectories: {}, weights: {relay: false}}\n", ()),
+        (TWO_HOSTS.replace("count: 3, ", ""), ("b",)),  # an actor and the evaluator
+        (TWO_HOSTS.replace("count: 3, ", "").replace("evaluator: {", "evaluator: {count: 0, "), ()),
+        (TWO_HOSTS.replace("learner: {host: a}", "learner: {host: b}"), ()),  # one actor is elsewhere
+        (TWO_HOSTS.replace("count: 3", "count: 7").replace("[b, a]", "[b, a, c]").replace("b: 1", "c: c, b: 1"), "cb"),
+        (TWO_HOSTS.replace("learner: {host: a}", "learner: {host: [a, b], count: 2}"), ("b",)),
+    ],
+)
+def test_relays_are_where_they_save_copies(text: str, hosts: Sequence[str], tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, text)
+    assert [node.host for node in plan.nodes.values() if node.kind == "relay"] == list(hosts)
+    assert [host for host, _ in plan.relays] == list(hosts)
+
+
+def test_several_nodes_of_one_process_need_no_relay(tmp_path: Path) -> None:
+    text = TWO_HOSTS.replace("count: 3, envs: 32, host: [b, a]", "envs: 64, host: b, bundle: w")
+    assert "relay-0" in plan_of(tmp_path, text).nodes
+    assert "relay-0" not in plan_of(tmp_path, text.replace("{host: b}", "{host: b, bundle: w}")).nodes
+
+
+def test_of_several_learners_each_has_an_address_at_the_relay(tmp_path: Path) -> None:
+    """One in the own host is heard without it; whoever leads is followed, wherever it is."""
+    text = TWO_HOSTS.replace("learner: {host: a}", "learner: {host: [a, b, a], count: 3}")
+    plan = plan_of(tmp_path, text)
+    root = f"ipc:///run/x/ddrl-{os.getuid()}/r"
+    far = {name: plan.binds[name, "weights"].far for name in ("learner-0", "learner-2")}
+    here = {name: f"{root}/relay-0.weights.{name}" for name in far}
+    port = plan.ports("relay-0")["weights"]
+    assert (port.binds, port.peers) == (tuple(here.values()), far)
+    assert plan.ports("actor-0")["weights"].peers == here | {"learner-1": f"{root}/learner-1.weights"}
+    assert plan.ports("actor-1")["weights"].peers["learner-1"].startswith("tcp:")  # the only one of its host
+
+
+def test_what_a_file_says_of_relays_gives_way(tmp_path: Path) -> None:
+    """So that a run may go on with other nodes than its lock has."""
+    plan = load_text(tmp_path, TWO_HOSTS)
+    assert "relay" in plan.groups
+    lock = plan.lock()
+    assert "relay" not in load_text(tmp_path, lock, "links.weights.relay=false").groups
+    gone = load_text(tmp_path, lock, "nodes.actor.host=[a]", "nodes.evaluator.host=[a]")
+    assert not gone.relays
+    assert "relay" not in gone.links["control"].targets + gone.links["progress"].sources
+    moved = load_text(tmp_path, lock, "nodes.learner.host=[b]", "nodes.actor.host=[a]")
+    assert moved.nodes["relay-0"].host == "a"
+
+
 def test_two_hosts_compute_the_same_plan(tmp_path: Path) -> None:
     a = load_text(tmp_path, TWO_HOSTS, environ={"TMPDIR": "/tmp/a"})
     b = load_text(tmp_path, TWO_HOSTS, environ={"TMPDIR": "/var/b"})
@@ -274,6 +347,8 @@ def test_the_run_id_follows_the_content_unless_it_is_given(tmp_path: Path) -> No
         GORILA,
         DDPPO,
         BASE.replace("learner: {}", "learner: {count: 3, deadline: 500ms}"),
+        TWO_HOSTS + "links: {trajectories: {}, weights: {relay: false}}\n",
+        TWO_HOSTS.replace("learner: {host: a}", "learner: {host: [a, b], count: 2}"),
     ],
 )
 def test_a_lock_reads_back_to_the_same_plan(text: str, tmp_path: Path) -> None:
@@ -336,6 +411,21 @@ def test_reference_topologies_load_and_spell_their_links_out(path: Path) -> None
     )
 
 
+@pytest.mark.parametrize("path", sorted(TOPOLOGIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_weights_are_halves_where_the_rule_takes_them(path: Path) -> None:
+    """Not where a gradient is of the very policy that acted, nor where workers hand on what a server holds."""
+    plan = load(path, catalog=catalog(), environ=ENVIRON)
+    exact = {"a2c", "a3c", "ga3c", "gorila"}
+    assert plan.links["weights"].precision == ("float32" if path.stem in exact else "float16")
+    assert {link.precision for link in plan.links.values() if link.name != "weights"} == {"float32"}
+    whole = load(path, catalog=catalog(), environ=ENVIRON, overrides=["links.weights.precision=float32"])
+    assert whole.links["weights"].precision == "float32"
+    assert f"latest, {plan.links['weights'].precision}" in show.text(plan)
+    if path.stem in exact:
+        with pytest.raises(TopologyError, match=r"links\.weights\.precision: got float16, expected float32: "):
+            load(path, catalog=catalog(), environ=ENVIRON, overrides=["links.weights.precision=float16"])
+
+
 def test_two_hosts_is_refused_without_its_line_on_security() -> None:
     path = TOPOLOGIES / "two-hosts.yaml"
     assert all(link.insecure for link in load(path, catalog=CATALOG, environ=ENVIRON).links.values())
@@ -350,6 +440,8 @@ def test_text_shows_nodes_by_host_and_links_with_their_ends(tmp_path: Path) -> N
     assert lines[4].startswith("  learner-0        learner     device=auto  publish_every=1")
     at = lines.index("  trajectories     actor → learner  queue, window 2, on_loss count, insecure")
     assert lines[at + 2] == "    learner-0 binds tcp://10.0.0.1:7079"
+    assert "  relay-0          relay" in lines
+    assert "    relay-0 binds ipc:///run/x" in "\n".join(lines)
 
 
 def test_mermaid_draws_groups_per_host_and_links_between_them(tmp_path: Path) -> None:
@@ -359,13 +451,14 @@ def test_mermaid_draws_groups_per_host_and_links_between_them(tmp_path: Path) ->
         '    n1["actor"]\n    n2["learner"]\n    n4["controller"]\n'
         "  end\n"
         '  subgraph h1["b (10.0.0.2)"]\n'
-        '    n0["actor × 2"]\n    n3["evaluator"]\n'
+        '    n0["actor × 2"]\n    n3["evaluator"]\n    n5["relay"]\n'
         "  end\n"
         '  n0 -- "trajectories: queue, window 2" --> n2\n'
         '  n1 -- "trajectories: queue, window 2" --> n2\n'
-        '  n2 -- "weights: latest" --> n0\n'
+        '  n2 -- "weights: latest" --> n5\n'
+        '  n5 -- "weights: latest" --> n0\n'
         '  n2 -- "weights: latest" --> n1\n'
-        '  n2 -- "weights: latest" --> n3\n'
+        '  n5 -- "weights: latest" --> n3\n'
     )
 
 
