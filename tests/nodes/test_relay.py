@@ -43,9 +43,9 @@ async def test_it_forwards_each_frame_as_it_came(tmp_path: Path) -> None:
             assert (message.node, message.epoch, message.seq) == ("learner-0", epoch(1), updates + 1)
             assert parse(Weights, message).updates == updates
             assert (message.arrays["policy.weight"] == updates).all()
-        assert parse(Weights, await taken(rig.subscriber("evaluator-0", "weights"))).updates == 4
         assert relay.count("weights/messages_out") == relay.count("weights/messages_in") == 2
         assert relay.count("weights/bytes_out") == relay.count("weights/bytes_in") > 0
+        assert parse(Weights, await taken(rig.subscriber("evaluator-0", "weights"))).updates == 4
         await relay.drained()
 
 
