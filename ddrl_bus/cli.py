@@ -182,16 +182,17 @@ def schema() -> None:
 
 
 @ddrl.command()
-@run_argument
+@click.argument("run", required=False, metavar="[RUN|tcp://HEAD:PORT]")
 @as_json
 @debug
 def status(run: str | None, as_json: bool) -> None:
-    """Print how a run goes."""
+    """Print how a run goes; from anywhere, by the address at which hosts join it."""
     import asyncio
 
-    from ddrl_bus.launch import remote, run_dir
+    from ddrl_bus.launch import join, remote, run_dir
 
-    answer = asyncio.run(remote.status_of(run_dir.find(run)))
+    far = join.address_of(run) if run is not None and run.startswith("tcp://") else None
+    answer = asyncio.run(remote.status_of(far or run_dir.find(run)))
     if as_json:
         click.echo(json.dumps(answer))
         return
@@ -271,17 +272,27 @@ def keys() -> None:
 
 @keys.command("new")
 @click.argument("name", required=False)
+@click.option("--allow", "hosts", nargs=2, multiple=True, metavar="HOST PUBKEY", help="Let HOST in, as `allow` does.")
 @debug
-def new_key(name: str | None) -> None:
-    """Make this machine's key as host NAME (default: its own name); prints the public half."""
+def new_key(name: str | None, hosts: Sequence[tuple[str, str]]) -> None:
+    """Make this machine's key as host NAME (default: its own name); prints the public half, and what to type elsewhere.
+
+    With --allow, a key that is there already is kept.
+    """
     import platform
-    import shlex
 
     from ddrl_bus import keys
 
     name = name or platform.node().partition(".")[0]
-    public = keys.new(name)
-    click.echo(f"on every other host type:  ddrl keys allow {name} {shlex.quote(public)}", err=True)
+    entries = [keys.Entry(host, key) for host, key in hosts]
+    public = keys.owned().get(name) if entries else None
+    public = public or keys.new(name)
+    for entry in entries:
+        keys.allow(entry)
+    if entries:
+        click.echo(f"on {', '.join(host for host, _ in hosts)} type:  {keys.introduction(name)}", err=True)
+    else:
+        click.echo(f"on every other HOST type:  {keys.invitation(name)}", err=True)
     click.echo(public)
 
 
@@ -316,8 +327,10 @@ def list_keys() -> None:
     """Print whom this machine lets in, as its allow-list has it."""
     from ddrl_bus import keys
 
-    for name, public in keys.owned().items():
-        click.echo(f"this machine is {name} {public}", err=True)
+    for name in keys.owned():
+        click.echo(
+            f"this machine is {name}; on a host that does not know it type:  {keys.introduction(name)}", err=True
+        )
     for entry in keys.allowed():
         click.echo(str(entry))
 

@@ -19,7 +19,7 @@ from ddrl_bus.launch.catalog import catalog, probe_env
 from ddrl_bus.launch.hosts import FIRST_S, head_of, hosts_of
 from ddrl_bus.messages import Join, Joined, fields_of, parse
 from ddrl_bus.topology import Plan, load_text
-from ddrl_bus.topology.schema import split_address
+from ddrl_bus.topology.schema import HOST_NAME, split_address
 from ddrl_bus.topology.tree import MAX_BYTES, came
 from ddrl_bus.transport.wire import Message
 from ddrl_bus.versions import skew, versions
@@ -36,15 +36,19 @@ Note = Callable[[str], None]
 
 
 def address_of(text: str) -> str:
-    """`tcp://HOST:PORT` of what a user gave for it.
+    """`tcp://HOST:PORT` of what a user gave for it, or `tcp://HEAD@HOST:PORT`.
 
     Raises:
         UsageError: it is no address that can be dialled.
     """
-    split = split_address(text.removeprefix("tcp://"))
-    if split is None:
-        raise UsageError(f"--join {text}: expected the head's address, such as tcp://10.0.0.1:{PORT}")
-    return f"tcp://{split[0]}:{split[1] or PORT}"
+    head, at, where = text.removeprefix("tcp://").rpartition("@")
+    split = split_address(where)
+    if split is None or (at and not HOST_NAME.fullmatch(head)):
+        raise UsageError(
+            f"{text}: expected the head's address, such as tcp://10.0.0.1:{PORT}, or tcp://gpu0@10.0.0.1:{PORT} where "
+            "links are encrypted"
+        )
+    return f"tcp://{head}{at}{split[0]}:{split[1] or PORT}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ async def join(address: str, wanted: Join, note: Note) -> Share:
         VersionError: the head speaks another major version of the protocol.
         UsageError: there is no such host or process, or it is there already.
         EnvError: the environment cannot be made here.
-        RemoteError: the run is ending.
+        RemoteError: the run is ending, or our key is not for all that is asked for.
+        SecurityError: a key is missing here.
     """
     began = time.monotonic()
     while True:
@@ -85,20 +90,18 @@ async def join(address: str, wanted: Join, note: Note) -> Share:
 
 async def _asked(address: str, wanted: Join, note: Note) -> Message:
     began, again = time.monotonic(), FIRST_S
-    with remote.controller(address) as head:
+    hint = remote.hint(address, wanted.host)
+    with remote.controller(address, wanted.host) as head:
         while True:
             try:
                 return await head.ask(Join.KIND, fields_of(wanted))
             except UnreachableError:
                 waited = time.monotonic() - began
             if waited >= WAIT_S:
-                raise UnreachableError(
-                    f"nobody answers at {address} for {waited:.0f} s; is the head started? Where its links are "
-                    "encrypted, copy its topology here and give -t"
-                )
+                raise UnreachableError(f"nobody answers at {address} for {waited:.0f} s; is the head started?{hint}")
             if waited >= again:
                 again *= 2
-                note(f"nobody answers at {address} for {waited:.0f} s; on the head type:  ddrl run TOPO")
+                note(f"nobody answers at {address} for {waited:.0f} s; on the head type:  ddrl run TOPO{hint}")
 
 
 def _plan(message: Message, joined: Joined, address: str) -> Plan:
@@ -109,7 +112,7 @@ def _plan(message: Message, joined: Joined, address: str) -> Plan:
     if hashlib.sha256(text).hexdigest() != joined.digest:
         raise DdrlError(f"{address} sent a topology that does not match its digest")
     try:
-        return load_text(text.decode(), f"topology of {address}", catalog=catalog())
+        return load_text(text.decode(), f"topology of {address}", catalog=catalog(starts=False))  # keys: once we know
     except UnicodeDecodeError:
         raise DdrlError(f"{address} sent a topology that is not UTF-8") from None
 

@@ -33,6 +33,7 @@ from typing import Any, Final
 import ddrl_bus
 from ddrl_bus.errors import SecurityError, UsageError
 from ddrl_bus.topology import Plan
+from ddrl_bus.topology.exposure import head_address
 from ddrl_bus.versions import versions
 
 ROOT: Final = Path("runs")
@@ -106,6 +107,7 @@ def write_meta(run_dir: Path, plan: Plan, command: Sequence[str], started: float
         "run_id": plan.run_id,
         "seed": plan.seed,
         "status_address": status_address(plan, host),
+        "share": host,
         "git": _git_sha(),
         "versions": versions(),
         "before": before,
@@ -121,8 +123,8 @@ def meta(run_dir: Path) -> dict[str, Any]:
 def status_address(plan: Plan, host: str | None = None) -> str:
     """Where the controller answers people on this host; default: on its own."""
     controller = plan.controller
-    bind = plan.binds[controller.name, "progress"]
-    return bind.far if bind.far and host not in (None, controller.host) else bind.addresses[0]
+    far = head_address(plan) if host not in (None, controller.host) else None
+    return far or plan.binds[controller.name, "progress"].addresses[0]
 
 
 def _git_sha() -> str | None:

@@ -179,11 +179,12 @@ class ZmqSocket:
     def bind(self, address: str) -> None:
         if scheme(address) == "ipc":
             self._locks.append(_claim(address))
+        numeric = _numeric(address)
         if self.guards(address):
             self._serve_curve()
-            self._guarded.append(address)
+            self._guarded.append(numeric)
         try:
-            self.raw.bind(_numeric(address))
+            self.raw.bind(numeric)
         except zmq.ZMQError as error:
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUseError(
@@ -247,8 +248,8 @@ class ZmqSocket:
             self.raw.bind(self._unbound[-1])
             self._unbound.pop()
         except zmq.ZMQError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
+            if error.errno != errno.EADDRINUSE:  # its network is away, perhaps
+                logging.getLogger(__name__).warning("%s: not bound again yet: %s", self._unbound[-1], error)
         self._pump_soon()  # it lets go only if asked for events
         self._loop.call_later(BIND_AGAIN_S, self._bind_again)
 

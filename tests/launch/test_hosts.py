@@ -55,14 +55,14 @@ def test_ssh_asks_nothing_and_starts_what_joins() -> None:
     assert "BatchMode=yes" in asked
 
 
-def test_where_links_are_encrypted_each_host_needs_the_file() -> None:
+def test_where_links_are_encrypted_the_head_is_named() -> None:
     hosts = "hosts={gpu0: 198.51.100.1, cpu1: 198.51.100.2}"
     guarded = plan_of("quickstart", [hosts, "nodes.actor.host=cpu1"], probe=False, starts=False)
-    assert command_of(guarded, "cpu1", ["x.yaml"]) == "ddrl-node -t x.yaml --host cpu1"
-    with pytest.raises(
-        UsageError, match="in the open; copy it to the others and type on cpu1: ddrl-node -t TOPO --host cpu1"
-    ):
-        Far("ddrl-node").remotes(guarded, "gpu0")
+    line = "ddrl-node --join tcp://gpu0@198.51.100.1:7077 --host cpu1"
+    assert command_of(guarded, "cpu1", ["x.yaml"]) == line
+    assert Far("ddrl-node").remotes(guarded, "gpu0")["ssh cpu1"][-1] == f"exec {line.replace(' ', ' --leash ', 1)}"
+    assert run_dir.status_address(guarded, "cpu1") == "tcp://gpu0@198.51.100.1:7077"
+    assert run_dir.status_address(guarded, "gpu0").startswith("ipc:")
 
 
 # ── missing ──────────────────────────────────────────────────────────────────────────────────────────────────────

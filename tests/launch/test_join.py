@@ -126,7 +126,7 @@ async def test_a_head_that_comes_late(plan: Plan, port: int, said: list[str], mo
 
     waiting = asyncio.create_task(join(f"tcp://127.0.0.1:{port}", CPU1, note))
     await spoke.wait()
-    assert said[0].endswith("on the head type:  ddrl run TOPO")
+    assert "on the head type:  ddrl run TOPO; where its links are encrypted, give tcp://HEAD@" in said[0]
     async with head(answer(plan), port):
         assert (await waiting).host == "cpu1"
 
@@ -237,10 +237,14 @@ async def test_a_server_tells_a_client_of_another_major(port: int) -> None:
 def test_addresses(text: str) -> None:
     assert address_of(text) == "tcp://10.0.0.1:7077"
     assert address_of("gpu0.lan:80") == "tcp://gpu0.lan:80"
+    assert address_of("gpu0@10.0.0.1") == address_of("tcp://gpu0@10.0.0.1:7077") == "tcp://gpu0@10.0.0.1:7077"
     assert address_of("tcp://[fd00::5]:80") == "tcp://[fd00::5]:80"
 
 
-@pytest.mark.parametrize("text", ["", "tcp://", "ipc:///tmp/x", "10.0.0.1:0", "0.0.0.0", "tcp://*:7077", "http://a"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "tcp://", "ipc:///tmp/x", "@10.0.0.1", "-x@10.0.0.1", "10.0.0.1:0", "0.0.0.0", "tcp://*:7077", "http://a"],
+)
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(UsageError, match=r"expected the head's address, such as tcp://10\.0\.0\.1:7077"):
         address_of(text)
