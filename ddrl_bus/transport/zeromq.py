@@ -66,7 +66,10 @@ OPTIONS: Final[dict[int, int]] = {
 KIND_OPTIONS: Final[dict[SocketKind, dict[int, int]]] = {
     SocketKind.SUB: {zmq.LINGER: 0},  # it holds but subscriptions, and would wait for a peer that is gone to take them
     SocketKind.DEALER: {zmq.LINGER: 0},  # who closes waits for no answer
-    SocketKind.XPUB: {zmq.XPUB_VERBOSE: 1},  # see every subscription, also of a topic that is known
+    SocketKind.XPUB: {
+        zmq.XPUB_VERBOSE: 1,  # see every subscription, also of a topic that is known
+        zmq.MAXMSGSIZE: 1024,  # a topic, each byte of which libzmq keeps as some 40; ours have 83, a handshake 400
+    },
     SocketKind.ROUTER: {zmq.ROUTER_MANDATORY: 1},  # an unknown peer is an error, not a silent drop
 }
 _TYPES: Final = {
