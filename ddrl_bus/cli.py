@@ -452,7 +452,10 @@ def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator
 @click.command("ddrl-node", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-t", "--topology", metavar="TOPO", help="The same file and KEY=VALUEs on every host.")
-@click.option("--join", metavar="tcp://HEAD:PORT", help="Instead of a file: the head of the run sends the topology.")
+@click.option(
+    "--join", metavar="tcp://[HEAD@]ADDRESS:PORT", help="Instead of a file: the head of the run sends the topology."
+)
+@click.option("--import", "modules", multiple=True, metavar="MODULE", help="The head may have this one imported.")
 @click.option("--name", help="Run this node or index of a bundle, in this process.")
 @click.option("--host", help="Run all nodes of this host.")
 @click.option("--leash", is_flag=True, help="Drain when stdin ends: how ssh takes it along.")
@@ -464,6 +467,7 @@ def ddrl_node(
     overrides: Sequence[str],
     topology: str | None,
     join: str | None,
+    modules: Sequence[str],
     name: str | None,
     host: str | None,
     leash: bool,
@@ -483,12 +487,14 @@ def ddrl_node(
         raise UsageError("give either --name NODE or --host HOST")
     if join is not None and overrides:
         raise UsageError(f"{overrides[0]}: the head's topology holds for all; change it there")
+    if join is None and modules:
+        raise UsageError("--import says what --join may bring along; with -t TOPO leave it out")
     if leash:
         ssh.leash()
     if join is not None and name is not None:
-        sys.exit(start.joined_process(join, name, path=run_dir, started=started))
+        sys.exit(start.joined_process(join, name, modules=modules, path=run_dir, started=started))
     if join is not None and host is not None:
-        _end(start.joined_share(join, host, path=run_dir, started=started), as_json)
+        _end(start.joined_share(join, host, modules=modules, path=run_dir, started=started), as_json)
     assert topology is not None
     plan = start.plan_of(topology, overrides)
     if name is not None:

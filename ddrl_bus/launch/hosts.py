@@ -79,7 +79,13 @@ def command_of(plan: Plan, host: str, words: Sequence[str]) -> str:
 
 def join_words(plan: Plan, host: str) -> list[str]:
     """Arguments of `ddrl-node` on a host that is not the head."""
-    return ["--join", str(head_address(plan)), "--host", host]
+    return ["--join", str(head_address(plan)), *import_words(plan), "--host", host]
+
+
+def import_words(plan: Plan) -> list[str]:
+    """What else they say where the environment is in a module of somebody's own (`MODULE:ID`)."""
+    module, _, _ = plan.env.id.rpartition(":")
+    return ["--import", module] if module else []
 
 
 def check_keys(plan: Plan, host: str) -> None:

@@ -1,19 +1,20 @@
 """Joining a run from another host: the head sends the locked topology, so that nothing needs to be copied there.
 
 What comes is text, bounded, checked against its digest, and read as any topology is, but with no file and no variable
-of this machine. Nothing in it is executed.
+of this machine. Nothing in it is executed, and no module imported that the line typed here did not name.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ddrl_bus.errors import DdrlError, EnvError, UnreachableError, UsageError
+from ddrl_bus.errors import DdrlError, EnvError, SecurityError, UnreachableError, UsageError
 from ddrl_bus.launch import remote
 from ddrl_bus.launch.catalog import catalog, probe_env
 from ddrl_bus.launch.hosts import FIRST_S, head_of, hosts_of
@@ -61,16 +62,18 @@ class Share:
     """Node → epoch of its newest life, where there was one."""
 
 
-async def join(address: str, wanted: Join, note: Note) -> Share:
+async def join(address: str, wanted: Join, note: Note, modules: Collection[str] = ()) -> Share:
     """Ask the head at `address`, which may take its time to start.
 
+    Args:
+        modules: the head may have its environment imported from.
     Raises:
         UnreachableError: nobody answered in time.
         VersionError: the head speaks another major version of the protocol.
         UsageError: there is no such host or process, or it is there already.
         EnvError: the environment cannot be made here.
         RemoteError: the run is ending, or our key is not for all that is asked for.
-        SecurityError: a key is missing here.
+        SecurityError: a key is missing here, or the environment is in another module.
     """
     began = time.monotonic()
     while True:
@@ -84,6 +87,7 @@ async def join(address: str, wanted: Join, note: Note) -> Share:
             raise UsageError(f"there already: {', '.join(joined.present)} of {host}; stop them first")
         note(f"waiting until {', '.join(joined.present)} of an earlier start left")
         await asyncio.sleep(AGAIN_S)
+    _check_import(plan, address, modules)
     _compare(plan, host, joined, note)
     return Share(plan, host, joined.lives)
 
@@ -128,6 +132,16 @@ def _host(plan: Plan, wanted: Join) -> str:
         what = "is the head, which needs the file: -t TOPO" if host == head_of(plan) else "is no host of it with nodes"
         raise UsageError(f"{plan.name}: {came(host)} {what}; can join: {', '.join(others) or 'nobody'}")
     return host
+
+
+def _check_import(plan: Plan, address: str, modules: Collection[str]) -> None:
+    """To import a module is to run it."""
+    module, _, _ = plan.env.id.rpartition(":")
+    if module and module not in modules:
+        raise SecurityError(
+            f"{address} would have this host import {came(module)}, for the environment {came(plan.env.id)}; "
+            f"if that is yours, add  --import {shlex.quote(module)}"
+        )
 
 
 def _compare(plan: Plan, host: str, joined: Joined, note: Note) -> None:

@@ -1,4 +1,4 @@
-"""A run's directory.
+"""A run's directory, which is its user's alone where we make it.
 
 runs/<name>/<UTC time>-s<seed>/
     topology.lock.yaml    the expanded topology; every node reads it
@@ -54,7 +54,7 @@ def create(
     """
     try:
         run_dir = path or _new(ROOT / plan.name, plan.seed)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_lock(run_dir, plan)
         for folder in ("logs", "ledger", CHECKPOINTS):
             (run_dir / folder).mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def _new(parent: Path, seed: int) -> Path:
     path, number = parent / name, 1
     while True:
         try:
-            path.mkdir()
+            path.mkdir(mode=0o700)
             break
         except FileExistsError:
             number += 1
@@ -217,11 +217,14 @@ def sockets(plan: Plan) -> Iterator[None]:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder in which nobody else can put a socket.
+    """Make a folder that nobody else can enter, nor put another in its place.
 
     Raises:
-        SecurityError: it, or the one above, is somebody else's, or others may write to it.
+        SecurityError: it, or the one above, is somebody else's, or others may write to it or to where both are.
     """
+    where = folder.parent.parent
+    if where.exists() and where.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+        raise SecurityError(f"others can replace {folder.parent}; type `chmod +t {where}`, or set TMPDIR")
     for path in (folder.parent, folder):
         try:
             path.mkdir(mode=0o700, exist_ok=True)
@@ -232,6 +235,7 @@ def make_private(folder: Path) -> None:
             raise SecurityError(
                 f"{path}: not ours alone, and the run's sockets would be in it; remove it or set TMPDIR"
             )
+        path.chmod(0o700)  # it may be older than we are
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────

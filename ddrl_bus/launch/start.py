@@ -127,22 +127,26 @@ def host_share(
     return _supervised(plan, host, folder, started, {} if remotes else lines, remotes)
 
 
-def joined_share(address: str, host: str, *, path: Path | None = None, started: float) -> Ended:
-    """Run the nodes of one host of the run whose head is at `address`."""
-    plan, folder = _joined(address, Join(versions(), host=host), path, started)
+def joined_share(
+    address: str, host: str, *, modules: Sequence[str] = (), path: Path | None = None, started: float
+) -> Ended:
+    """Run the nodes of one host of the run whose head is at `address`, with an environment of these `modules`."""
+    plan, folder = _joined(address, Join(versions(), host=host), modules, path, started)
     return _supervised(plan, host, folder, started)
 
 
-def joined_process(address: str, name: str, *, path: Path | None = None, started: float) -> int:
+def joined_process(
+    address: str, name: str, *, modules: Sequence[str] = (), path: Path | None = None, started: float
+) -> int:
     """Run one process of the run whose head is at `address`; its exit code."""
-    plan, folder = _joined(address, Join(versions(), process=name), path, started)
+    plan, folder = _joined(address, Join(versions(), process=name), modules, path, started)
     return _alone(plan, name, folder)
 
 
-def _joined(address: str, wanted: Join, path: Path | None, started: float) -> tuple[Plan, Path]:
+def _joined(address: str, wanted: Join, modules: Sequence[str], path: Path | None, started: float) -> tuple[Plan, Path]:
     from ddrl_bus.launch import join
 
-    joined = asyncio.run(join.join(join.address_of(address), wanted, _say))
+    joined = asyncio.run(join.join(join.address_of(address), wanted, _say, modules))
     check_keys(joined.plan, joined.host)
     folder = run_dir.create(joined.plan, path=path, command=sys.argv, started=started, host=joined.host)
     run_dir.outlive(folder, joined.lives)

@@ -8,6 +8,7 @@ import pytest
 
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch import run_dir
+from ddrl_bus.launch.emit import ENGINES, Options
 from ddrl_bus.launch.hosts import Missing, command_of, is_here, this_host
 from ddrl_bus.launch.ssh import OPTIONS, Far
 from ddrl_bus.launch.start import plan_of
@@ -36,6 +37,15 @@ def test_a_name_that_does_not_resolve_is_elsewhere() -> None:
 def test_lines_to_type() -> None:
     assert command_of(plan(), "cpu1", ["x.yaml"]) == "ddrl-node --join tcp://198.51.100.1:7077 --host cpu1"
     assert command_of(plan(), "gpu0", ["x.yaml", "a=b c"]) == "ddrl-node -t x.yaml 'a=b c' --host gpu0"
+
+
+def test_the_line_names_the_module_of_an_environment_of_ones_own() -> None:
+    """Whoever types it has it imported there; the head alone cannot."""
+    own = plan_of("two-hosts", ["hosts={gpu0: 10.0.0.1, cpu1: 10.0.0.2}", "env.id=my.envs:Cart-v0"], probe=False)
+    line = "ddrl-node --join tcp://10.0.0.1:7077 --import my.envs --host cpu1"
+    assert command_of(own, "cpu1", []) == line
+    assert line in ENGINES["tmux"](own, Options())["two-hosts.sh"]
+    assert '${nodes[head]}:7077" --import my.envs "${run[@]}"' in ENGINES["slurm"](own, Options())["two-hosts.sbatch"]
 
 
 def test_the_controller_s_address_is_one_that_the_host_can_reach() -> None:

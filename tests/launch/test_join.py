@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from ddrl_bus.errors import (
     DdrlError,
     EnvError,
     RemoteError,
+    SecurityError,
     TopologyError,
     UnreachableError,
     UsageError,
@@ -200,6 +202,17 @@ async def test_a_hostile_head(
     async with head(answer(plan, text, **change), port) as address:
         with pytest.raises(error, match=words):
             await join(address, CPU1, said.append)
+
+
+async def test_no_module_is_imported_by_a_name_from_the_wire(plan: Plan, port: int, said: list[str]) -> None:
+    text = plan.lock().replace("CartPole-v1", "antigravity:CartPole-v1")
+    async with head(answer(plan, text), port) as address:
+        with pytest.raises(SecurityError, match=r"import 'antigravity'.*add  --import antigravity"):
+            await join(address, CPU1, said.append)
+        assert "antigravity" not in sys.modules
+        text = plan.lock().replace("CartPole-v1", "gymnasium.envs:CartPole-v1")
+    async with head(answer(plan, text), port) as address:
+        assert (await join(address, CPU1, said.append, ["gymnasium.envs"])).host == "cpu1"
 
 
 async def test_another_major_of_the_protocol_is_refused_and_both_are_named(
