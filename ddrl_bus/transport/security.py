@@ -30,6 +30,8 @@ REFUSALS: Final = 32
 WITHIN_S: Final = 10.0
 QUARANTINE_S: Final = 300.0
 """A key with more refused messages than the first within the second is shut out for the third."""
+SUBSCRIPTIONS: Final = 256
+"""The same for messages to a publisher, for each node that the key speaks for: two per connection, and each 0.5 s."""
 MAX_TOLD: Final = 64
 """Strangers that the log tells of."""
 
@@ -86,6 +88,7 @@ class Guard:
         self._log = logging.getLogger(f"ddrl_bus.{node}")
         self._told: set[tuple[str, str]] = set()
         self._refusals: dict[str, deque[float]] = {}
+        self._topics: dict[tuple[str, str], deque[float]] = {}
         self._until: dict[str, float] = {}
         self._newly_shut_out = False
         self._speakers: dict[tuple[str, str], frozenset[str]] = {}
@@ -150,15 +153,23 @@ class Guard:
 
     def refused(self, user: str) -> None:
         """A message of this key was no message, or in somebody else's name."""
+        self._note(user, self._refusals.setdefault(user, deque(maxlen=REFUSALS + 1)), "messages refused")
+
+    def subscribed(self, link: str, user: str) -> None:
+        """A publisher was told of a topic more or less; libzmq keeps each for as long as its connection lasts."""
+        most = SUBSCRIPTIONS * len(self.speakers(link, user))
+        self._note(user, self._topics.setdefault((link, user), deque(maxlen=most + 1)), "subscriptions")
+
+    def _note(self, user: str, times: deque[float], what: str) -> None:
+        """Shut a key out of which there is more within WITHIN_S than `times` has room for but one."""
         now = self._now()
-        times = self._refusals.setdefault(user, deque(maxlen=REFUSALS + 1))
         times.append(now)
-        if len(times) > REFUSALS and now - times[0] <= WITHIN_S and user not in self._until:
+        if len(times) == times.maxlen and now - times[0] <= WITHIN_S and user not in self._until:
             self._until[user] = now + QUARANTINE_S
             self._newly_shut_out = True
             self._speakers.clear()
             self._mark(user, 1)
-            self._log.warning("quarantined host=%s key=%s: %d messages refused", self._names(user), user, len(times))
+            self._log.warning("quarantined host=%s key=%s: %d %s", self._names(user), user, len(times), what)
 
     def unread(self) -> None:
         """A message was dropped: whoever sent it may speak for nobody."""
@@ -167,6 +178,7 @@ class Guard:
     def _release(self, user: str) -> None:
         del self._until[user]
         self._refusals.pop(user, None)
+        self._topics = {key: times for key, times in self._topics.items() if key[1] != user}
         self._speakers.clear()
         self._mark(user, 0)
 

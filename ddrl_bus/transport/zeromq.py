@@ -163,6 +163,7 @@ class ZmqSocket:
         self._on_message = on_message
         self._when_writable: list[Callable[[], None]] = []
         self._corks = kind is SocketKind.PUSH
+        self._publishes = kind is SocketKind.XPUB
         self._at_once = 1 if kind is SocketKind.DEALER else DRAIN_MESSAGES
         self._cork: list[Buffer] = []
         self._pump_due = False
@@ -367,6 +368,8 @@ class ZmqSocket:
         self.speakers = self._guard.speakers(self._link, self._user)
         if not self.speakers:
             self._guard.unread()
+        elif self._publishes:
+            self._guard.subscribed(self._link, self._user)
         return bool(self.speakers)
 
 

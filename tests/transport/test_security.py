@@ -403,7 +403,8 @@ async def test_a_key_that_sends_garbage_is_quarantined(world: World, monkeypatch
     assert net.count("server", "security", "cpu2", "quarantined") == 0
 
 
-async def test_who_is_quarantined_loses_its_connections_and_the_memory_of_its_topics(world: World) -> None:
+@pytest.mark.parametrize("topics", ["of garbage", "of lives of its own node"])
+async def test_who_subscribes_to_too_much_loses_its_connections(topics: str, world: World) -> None:
     """Each topic is kept by libzmq for as long as the connection that subscribed to it."""
     process = psutil.Process()
     socket = world.stranger("weights", keys.own("cpu1"), keys.own("gpu0").public)
@@ -411,7 +412,7 @@ async def test_who_is_quarantined_loses_its_connections_and_the_memory_of_its_to
     assert await world.gets_something_done("weights", socket)
     before = process.memory_info().rss
     for number in range(20_000):
-        socket.subscribe(b"%d" % number * 10)
+        socket.subscribe(b"%d" % number * 10 if topics == "of garbage" else topic(b"S", "subscriber", number + 2))
     await until(lambda: events.poll(0))
     assert world.net.count("publisher", "security", "cpu1", "quarantined") == 1
     assert process.memory_info().rss - before < 64 << 20
