@@ -182,16 +182,17 @@ def schema() -> None:
 
 
 @ddrl.command()
-@run_argument
+@click.argument("run", required=False, metavar="[RUN|tcp://HEAD:PORT]")
 @as_json
 @debug
 def status(run: str | None, as_json: bool) -> None:
-    """Print how a run goes."""
+    """Print how a run goes; from anywhere, by the address at which hosts join it."""
     import asyncio
 
-    from ddrl_bus.launch import remote, run_dir
+    from ddrl_bus.launch import join, remote, run_dir
 
-    answer = asyncio.run(remote.status_of(run_dir.find(run)))
+    far = join.address_of(run) if run is not None and run.startswith("tcp://") else None
+    answer = asyncio.run(remote.status_of(far or run_dir.find(run)))
     if as_json:
         click.echo(json.dumps(answer))
         return
@@ -271,17 +272,27 @@ def keys() -> None:
 
 @keys.command("new")
 @click.argument("name", required=False)
+@click.option("--allow", "hosts", nargs=2, multiple=True, metavar="HOST PUBKEY", help="Let HOST in, as `allow` does.")
 @debug
-def new_key(name: str | None) -> None:
-    """Make this machine's key as host NAME (default: its own name); prints the public half."""
+def new_key(name: str | None, hosts: Sequence[tuple[str, str]]) -> None:
+    """Make this machine's key as host NAME (default: its own name); prints the public half, and what to type elsewhere.
+
+    With --allow, a key that is there already is kept.
+    """
     import platform
-    import shlex
 
     from ddrl_bus import keys
 
     name = name or platform.node().partition(".")[0]
-    public = keys.new(name)
-    click.echo(f"on every other host type:  ddrl keys allow {name} {shlex.quote(public)}", err=True)
+    entries = [keys.Entry(host, key) for host, key in hosts]
+    public = keys.owned().get(name) if entries else None
+    public = public or keys.new(name)
+    for entry in entries:
+        keys.allow(entry)
+    if entries:
+        click.echo(f"on {', '.join(host for host, _ in hosts)} type:  {keys.introduction(name)}", err=True)
+    else:
+        click.echo(f"on every other HOST type:  {keys.invitation(name)}", err=True)
     click.echo(public)
 
 
@@ -316,8 +327,10 @@ def list_keys() -> None:
     """Print whom this machine lets in, as its allow-list has it."""
     from ddrl_bus import keys
 
-    for name, public in keys.owned().items():
-        click.echo(f"this machine is {name} {public}", err=True)
+    for name in keys.owned():
+        click.echo(
+            f"this machine is {name}; on a host that does not know it type:  {keys.introduction(name)}", err=True
+        )
     for entry in keys.allowed():
         click.echo(str(entry))
 
@@ -449,7 +462,10 @@ def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator
 @click.command("ddrl-node", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-t", "--topology", metavar="TOPO", help="The same file and KEY=VALUEs on every host.")
-@click.option("--join", metavar="tcp://HEAD:PORT", help="Instead of a file: the head of the run sends the topology.")
+@click.option(
+    "--join", metavar="tcp://[HEAD@]ADDRESS:PORT", help="Instead of a file: the head of the run sends the topology."
+)
+@click.option("--import", "modules", multiple=True, metavar="MODULE", help="The head may have this one imported.")
 @click.option("--name", help="Run this node or index of a bundle, in this process.")
 @click.option("--host", help="Run all nodes of this host.")
 @click.option("--leash", is_flag=True, help="Drain when stdin ends: how ssh takes it along.")
@@ -461,6 +477,7 @@ def ddrl_node(
     overrides: Sequence[str],
     topology: str | None,
     join: str | None,
+    modules: Sequence[str],
     name: str | None,
     host: str | None,
     leash: bool,
@@ -480,12 +497,14 @@ def ddrl_node(
         raise UsageError("give either --name NODE or --host HOST")
     if join is not None and overrides:
         raise UsageError(f"{overrides[0]}: the head's topology holds for all; change it there")
+    if join is None and modules:
+        raise UsageError("--import says what --join may bring along; with -t TOPO leave it out")
     if leash:
         ssh.leash()
     if join is not None and name is not None:
-        sys.exit(start.joined_process(join, name, path=run_dir, started=started))
+        sys.exit(start.joined_process(join, name, modules=modules, path=run_dir, started=started))
     if join is not None and host is not None:
-        _end(start.joined_share(join, host, path=run_dir, started=started), as_json)
+        _end(start.joined_share(join, host, modules=modules, path=run_dir, started=started), as_json)
     assert topology is not None
     plan = start.plan_of(topology, overrides)
     if name is not None:

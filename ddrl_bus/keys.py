@@ -4,6 +4,7 @@
         NAME.key    secret key of this machine as host NAME of a topology: one line, for its owner's eyes only
         allowed     whose keys may come and be dialled, a line each: NAME KEY [KIND,KIND]     # comments
 
+Either may be a link to a file further inside that folder, which is how Kubernetes mounts a Secret.
 Keys are Curve25519's, written in Z85: 40 characters, of which the first is a letter or digit here, so that a key is no
 option and no comment. `allowed` holds nothing secret, and may be the same file on every host.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -111,6 +113,35 @@ def owned() -> dict[str, str]:
     return {path.stem: own(path.stem).public for path in sorted(folder().glob("*.key"))}
 
 
+def introduction(name: str) -> str:
+    """What to type where this machine's key as `name` is not known."""
+    return f"ddrl keys allow {name} {shlex.quote(own(name).public)}"
+
+
+def invitation(name: str, host: str = "HOST") -> str:
+    """What to type on another host, that it has a key and knows this machine's; that prints its introduction."""
+    return f"ddrl keys new {host} --allow {name} {shlex.quote(own(name).public)}"
+
+
+def invite(host: str) -> str:
+    """What to type where a host has no key."""
+    mine = next((name for name in owned() if name != host), None)
+    if mine is None:
+        return (
+            f"type `ddrl keys new {host}` on {host}, and on every other host `ddrl keys allow {host} KEY` with the key "
+            "that it prints"
+        )
+    return f"type on {host}:  {invitation(mine, host)}  and here what that prints"
+
+
+def unknown(host: str) -> str:
+    """What is wrong where the key of a host is missing."""
+    return (
+        f"no key of {host} is allowed on this machine ({folder() / ALLOWED}); `ddrl keys list` on {host} prints what "
+        "to type here"
+    )
+
+
 def _without(name: str) -> list[str]:
     """The lines of the list but those of `name`."""
     lines = _read(folder() / ALLOWED).splitlines() if (folder() / ALLOWED).exists() else []
@@ -139,6 +170,23 @@ def _checked(name: str) -> str:
 
 
 # ── what nodes read ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def only() -> str:
+    """The host that this machine has a key as.
+
+    Raises:
+        SecurityError: it has none, or is several.
+    """
+    match sorted(path.stem for path in folder().glob("*.key")):
+        case [name]:
+            return name
+        case []:
+            raise SecurityError(
+                f"this machine has no key ({folder()}); type `ddrl keys new HOST`, as `hosts:` names it"
+            )
+        case names:
+            raise SecurityError(f"this machine has keys as {', '.join(names)}; give {ENVIRONMENT} a folder with one")
 
 
 def own(name: str) -> KeyPair:
@@ -194,7 +242,7 @@ class AllowList:
     def refresh(self) -> bool:
         """Whether its entries are others than before."""
         try:
-            found = self._path.lstat()
+            found = self._path.stat()
             seen = (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size)
         except OSError:
             seen = (0, 0, 0, 0)
@@ -250,20 +298,39 @@ def _entry(line: str, where: str) -> Entry:
 
 
 def _read(path: Path, *, private: bool = False) -> str:
-    """A file that nobody else may write to, and if it is `private` nobody else may read."""
-    wrong = "read it" if private else "write to it"
+    """A file that nobody else may write to, and if it is `private` nobody else may read.
+
+    One of root's may be read by its group, as Kubernetes gives it to a pod's user (fsGroup).
+    """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        real = _inside(path)
+        fd = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise SecurityError(f"{path}: {error.strerror}; expected a plain file, no link to one") from None
+        raise SecurityError(f"{path}: {error.strerror}; expected a plain file") from None
     with open(fd, "rb") as file:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
             raise SecurityError(f"{path}: expected a plain file that is yours; type `sudo chown $USER {path}`")
-        if found.st_mode & (0o077 if private else 0o022):
-            mode = stat.S_IMODE(found.st_mode)
+        others = (0o077 if found.st_uid == os.geteuid() else 0o037) if private else 0o022
+        if found.st_mode & others:
+            mode, wrong = stat.S_IMODE(found.st_mode), "read it" if private else "write to it"
             raise SecurityError(f"{path} has mode {mode:04o}: others can {wrong}; type `chmod 600 {path}`")
-        above = path.parent.stat()
-        if above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX:
-            raise SecurityError(f"others can replace files in {path.parent}; type `chmod 700 {path.parent}`")
         return file.read(MAX_BYTES).decode(errors="replace")
+
+
+def _inside(path: Path) -> Path:
+    """Where a file of the folder really is: in it, and no other user can put another file there.
+
+    Raises:
+        SecurityError: it is a link that leads out of its folder, or others can replace files.
+    """
+    top, real = (Path(os.path.realpath(each)) for each in (path.parent, path))
+    if not real.is_relative_to(top):
+        raise SecurityError(f"{path} is a link that leads to {real}; expected a file, or a link inside {path.parent}")
+    for above in (real.parent, *real.parent.parents):
+        found = above.stat()
+        if found.st_uid not in (os.geteuid(), 0) or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
+            raise SecurityError(f"others can replace files in {above}; type `chmod 700 {above}`, and make it yours")
+        if above == top:
+            break
+    return real

@@ -28,7 +28,7 @@ def catalog(*, probe: bool = False, starts: bool = True) -> Catalog:
         name: AlgorithmEntry(cls.Config, cls.wiring, cls.passes is Algorithm.passes, cls.windows, cls.acting)
         for name, cls in REGISTRY.items()
     }
-    return Catalog(entries, probe_env if probe else None, keys.kinds if starts else lambda host: keys.ANY)
+    return Catalog(entries, probe_env if probe else None, keys.kinds if starts else lambda host: keys.ANY, keys.invite)
 
 
 def probe_env(env: EnvSettings) -> None:

@@ -11,10 +11,11 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from ddrl_bus.errors import UsageError
+from ddrl_bus import keys
+from ddrl_bus.errors import SecurityError, UsageError
 from ddrl_bus.launch.remote import Status
 from ddrl_bus.topology import Plan
-from ddrl_bus.topology.exposure import leaves
+from ddrl_bus.topology.exposure import head_address, met, needs_key
 from ddrl_bus.topology.schema import split_address
 
 FIRST_S: Final = 5.0
@@ -71,36 +72,38 @@ def _bare(address: str) -> str:
 
 def command_of(plan: Plan, host: str, words: Sequence[str]) -> str:
     """What to type there; `words` are the topology and overrides that the user gave for the head."""
-    if host == head_of(plan) or not can_join(plan):
+    if host == head_of(plan):
         return shlex.join(["ddrl-node", "-t", *words, "--host", host])
     return shlex.join(["ddrl-node", *join_words(plan, host)])
 
 
-def can_join(plan: Plan) -> bool:
-    """Whether the head sends its topology; where its links are encrypted, it hears nodes of the plan only."""
-    address = plan.join_address
-    return address is not None and (plan.links["progress"].insecure or not leaves(address))
-
-
-def check_can_join(plan: Plan) -> None:
-    """Raises: UsageError, where the head cannot send its topology; says what to type instead."""
-    if not can_join(plan):
-        lines = "; ".join(
-            f"on {host}: ddrl-node -t TOPO --host {host}" for host in hosts_of(plan) if host != head_of(plan)
-        )
-        raise UsageError(
-            f"{plan.name}: the head would send its topology, in the open; copy it to the others and type {lines}"
-        )
-
-
 def join_words(plan: Plan, host: str) -> list[str]:
-    """Arguments of `ddrl-node` on a host that is not the head.
+    """Arguments of `ddrl-node` on a host that is not the head."""
+    return ["--join", str(head_address(plan)), *import_words(plan), "--host", host]
+
+
+def import_words(plan: Plan) -> list[str]:
+    """What else they say where the environment is in a module of somebody's own (`MODULE:ID`)."""
+    module, _, _ = plan.env.id.rpartition(":")
+    return ["--import", module] if module else []
+
+
+def check_keys(plan: Plan, host: str) -> None:
+    """Whether this machine has what its nodes need as `host`: rather here, in a word, than by each node.
 
     Raises:
-        UsageError: the head cannot send it the topology.
+        SecurityError: it lacks a key; says what to type.
     """
-    check_can_join(plan)
-    return ["--join", str(plan.join_address), "--host", host]
+    if not needs_key(plan, host):
+        return
+    public, allowed = keys.own(host).public, keys.allowed()
+    if all(entry.key != public for entry in allowed if entry.name == host):
+        raise SecurityError(
+            f"this machine's key of {host} is not the one in its own list, which others may have too; "
+            f"type `ddrl keys allow {host} {shlex.quote(public)}` on every host"
+        )
+    for other in sorted(met(plan, host) - {entry.name for entry in allowed}):
+        raise SecurityError(keys.unknown(other))
 
 
 class Missing:

@@ -25,7 +25,7 @@ async def run(plan: Plan, folder: Path, display: Display) -> None:
     with contextlib.ExitStack() as stack:
         for name in plan.nodes:
             stack.enter_context(logs.attached(folder, name, logging.getLogger(f"ddrl_bus.{name}")))
-        controller = stack.enter_context(remote.controller(run_dir.status_address(plan), hub))
+        controller = stack.enter_context(remote.controller(run_dir.status_address(plan), hub=hub))
         try:
             async with asyncio.TaskGroup() as tasks:
                 watch = tasks.create_task(_watch(controller, display), name="watch")

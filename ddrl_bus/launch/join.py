@@ -1,25 +1,26 @@
 """Joining a run from another host: the head sends the locked topology, so that nothing needs to be copied there.
 
 What comes is text, bounded, checked against its digest, and read as any topology is, but with no file and no variable
-of this machine. Nothing in it is executed.
+of this machine. Nothing in it is executed, and no module imported that the line typed here did not name.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ddrl_bus.errors import DdrlError, EnvError, UnreachableError, UsageError
+from ddrl_bus.errors import DdrlError, EnvError, SecurityError, UnreachableError, UsageError
 from ddrl_bus.launch import remote
 from ddrl_bus.launch.catalog import catalog, probe_env
 from ddrl_bus.launch.hosts import FIRST_S, head_of, hosts_of
 from ddrl_bus.messages import Join, Joined, fields_of, parse
 from ddrl_bus.topology import Plan, load_text
-from ddrl_bus.topology.schema import split_address
+from ddrl_bus.topology.schema import HOST_NAME, split_address
 from ddrl_bus.topology.tree import MAX_BYTES, came
 from ddrl_bus.transport.wire import Message
 from ddrl_bus.versions import skew, versions
@@ -36,15 +37,19 @@ Note = Callable[[str], None]
 
 
 def address_of(text: str) -> str:
-    """`tcp://HOST:PORT` of what a user gave for it.
+    """`tcp://HOST:PORT` of what a user gave for it, or `tcp://HEAD@HOST:PORT`.
 
     Raises:
         UsageError: it is no address that can be dialled.
     """
-    split = split_address(text.removeprefix("tcp://"))
-    if split is None:
-        raise UsageError(f"--join {text}: expected the head's address, such as tcp://10.0.0.1:{PORT}")
-    return f"tcp://{split[0]}:{split[1] or PORT}"
+    head, at, where = text.removeprefix("tcp://").rpartition("@")
+    split = split_address(where)
+    if split is None or (at and not HOST_NAME.fullmatch(head)):
+        raise UsageError(
+            f"{text}: expected the head's address, such as tcp://10.0.0.1:{PORT}, or tcp://gpu0@10.0.0.1:{PORT} where "
+            "links are encrypted"
+        )
+    return f"tcp://{head}{at}{split[0]}:{split[1] or PORT}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +62,18 @@ class Share:
     """Node → epoch of its newest life, where there was one."""
 
 
-async def join(address: str, wanted: Join, note: Note) -> Share:
+async def join(address: str, wanted: Join, note: Note, modules: Collection[str] = ()) -> Share:
     """Ask the head at `address`, which may take its time to start.
 
+    Args:
+        modules: the head may have its environment imported from.
     Raises:
         UnreachableError: nobody answered in time.
         VersionError: the head speaks another major version of the protocol.
         UsageError: there is no such host or process, or it is there already.
         EnvError: the environment cannot be made here.
-        RemoteError: the run is ending.
+        RemoteError: the run is ending, or our key is not for all that is asked for.
+        SecurityError: a key is missing here, or the environment is in another module.
     """
     began = time.monotonic()
     while True:
@@ -79,26 +87,25 @@ async def join(address: str, wanted: Join, note: Note) -> Share:
             raise UsageError(f"there already: {', '.join(joined.present)} of {host}; stop them first")
         note(f"waiting until {', '.join(joined.present)} of an earlier start left")
         await asyncio.sleep(AGAIN_S)
+    _check_import(plan, address, modules)
     _compare(plan, host, joined, note)
     return Share(plan, host, joined.lives)
 
 
 async def _asked(address: str, wanted: Join, note: Note) -> Message:
     began, again = time.monotonic(), FIRST_S
-    with remote.controller(address) as head:
+    hint = remote.hint(address, wanted.host)
+    with remote.controller(address, wanted.host) as head:
         while True:
             try:
                 return await head.ask(Join.KIND, fields_of(wanted))
             except UnreachableError:
                 waited = time.monotonic() - began
             if waited >= WAIT_S:
-                raise UnreachableError(
-                    f"nobody answers at {address} for {waited:.0f} s; is the head started? Where its links are "
-                    "encrypted, copy its topology here and give -t"
-                )
+                raise UnreachableError(f"nobody answers at {address} for {waited:.0f} s; is the head started?{hint}")
             if waited >= again:
                 again *= 2
-                note(f"nobody answers at {address} for {waited:.0f} s; on the head type:  ddrl run TOPO")
+                note(f"nobody answers at {address} for {waited:.0f} s; on the head type:  ddrl run TOPO{hint}")
 
 
 def _plan(message: Message, joined: Joined, address: str) -> Plan:
@@ -109,7 +116,7 @@ def _plan(message: Message, joined: Joined, address: str) -> Plan:
     if hashlib.sha256(text).hexdigest() != joined.digest:
         raise DdrlError(f"{address} sent a topology that does not match its digest")
     try:
-        return load_text(text.decode(), f"topology of {address}", catalog=catalog())
+        return load_text(text.decode(), f"topology of {address}", catalog=catalog(starts=False))  # keys: once we know
     except UnicodeDecodeError:
         raise DdrlError(f"{address} sent a topology that is not UTF-8") from None
 
@@ -125,6 +132,16 @@ def _host(plan: Plan, wanted: Join) -> str:
         what = "is the head, which needs the file: -t TOPO" if host == head_of(plan) else "is no host of it with nodes"
         raise UsageError(f"{plan.name}: {came(host)} {what}; can join: {', '.join(others) or 'nobody'}")
     return host
+
+
+def _check_import(plan: Plan, address: str, modules: Collection[str]) -> None:
+    """To import a module is to run it."""
+    module, _, _ = plan.env.id.rpartition(":")
+    if module and module not in modules:
+        raise SecurityError(
+            f"{address} would have this host import {came(module)}, for the environment {came(plan.env.id)}; "
+            f"if that is yours, add  --import {shlex.quote(module)}"
+        )
 
 
 def _compare(plan: Plan, host: str, joined: Joined, note: Note) -> None:

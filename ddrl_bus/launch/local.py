@@ -186,7 +186,7 @@ class Supervisor:
         if self._is_head:
             return False
         try:
-            with remote.controller(run_dir.status_address(self._plan, self._host)) as controller:
+            with remote.controller(run_dir.status_address(self._plan, self._host), self._host) as controller:
                 status = await controller.status()
         except (UnreachableError, RemoteError):
             return True
@@ -294,7 +294,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         missing = Missing(self._plan, self._host, self._lines, loop.time())
         heard: float | None = None
-        with remote.controller(run_dir.status_address(self._plan, self._host)) as controller:
+        with remote.controller(run_dir.status_address(self._plan, self._host), self._host) as controller:
             while True:
                 status = None
                 with contextlib.suppress(UnreachableError, RemoteError):  # starting, or on its way back

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,7 @@ from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
 
 INTERNAL: Final = DdrlError.exit_code
+MAX_FILES: Final = 1 << 16
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -38,6 +40,7 @@ def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> in
     """
     names = [node.name for node in plan.process(name)]
     malloc.keep_freed_memory()
+    _allow_files()
     if parent is not None:
         _die_with(parent)
     with contextlib.ExitStack() as stack:
@@ -109,6 +112,15 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
         return asyncio.new_event_loop
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
+
+
+def _allow_files() -> None:
+    """As many open files as this process may have: a stranger's connection is one, until its handshake has failed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(ValueError, OSError):  # where the system has a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _die_with(parent: int) -> None:

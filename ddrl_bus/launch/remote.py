@@ -1,4 +1,8 @@
-"""Asking a run's controller: how it goes, and to stop."""
+"""Asking a run's controller: how it goes, and to stop.
+
+From another host, where links are encrypted, that takes the asking host's key and `tcp://HEAD@ADDRESS:PORT`: HEAD is
+the host that must answer, by its name in the allow-list.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from ddrl_bus.errors import UnreachableError
+from ddrl_bus import keys
+from ddrl_bus.errors import SecurityError, UnreachableError
 from ddrl_bus.launch import run_dir as run_dirs
 from ddrl_bus.messages import STATUS, STOP
+from ddrl_bus.transport.base import PEOPLE
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Client
 from ddrl_bus.transport.memory import MemoryHub
+from ddrl_bus.transport.security import Access, Guard, Peer
 from ddrl_bus.transport.wire import Message
 
 ANSWER_S: Final = 2.0
@@ -47,32 +54,83 @@ class Controller:
 
 
 @contextmanager
-def controller(address: str, hub: MemoryHub | None = None) -> Iterator[Controller]:
+def controller(address: str, host: str = "", hub: MemoryHub | None = None) -> Iterator[Controller]:
     """The controller at `address`. Use it in a running event loop.
 
     Each has a name of its own: under one name the later of two, say the display and a Ctrl-C, would fence the other.
+
+    Args:
+        host: as which we ask where that takes a key; default: the one that this machine has a key of.
+    Raises:
+        SecurityError: a key is missing here, ours or the head's.
     """
-    bus = Bus(f"people-{os.getpid()}-{secrets.token_hex(4)}", 1, Ledger(), hub)
+    name, ledger = f"{PEOPLE}{os.getpid()}.{secrets.token_hex(4)}", Ledger()
+    head, address = split(address)
+    bus = Bus(name, 1, ledger, hub, _guard(name, address, head, host, ledger) if head else None)
     try:
         yield Controller(bus.client("progress", address))
     finally:
         bus.close()
 
 
-async def status_of(run_dir: Path) -> Status:
-    """The status of a run that goes on.  Raises: UnreachableError, if it does not."""
-    with controller(_address(run_dir)) as asked:
+def split(address: str) -> tuple[str, str]:
+    """(head, address) of `tcp://HEAD@ADDRESS:PORT`; without a head no key is asked for."""
+    scheme, _, where = address.partition("://")
+    head, _, where = where.rpartition("@")
+    return head, f"{scheme}://{where}"
+
+
+def _guard(name: str, address: str, head: str, host: str, ledger: Ledger) -> Guard:
+    access, pair = Access(servers={address: Peer(head, "controller")}), keys.own(host or keys.only())
+    guard = Guard(name, access, pair, keys.AllowList(), ledger)
+    if guard.server_key(address) is None:
+        raise SecurityError(keys.unknown(head))
+    return guard
+
+
+async def status_of(run: Path | str) -> Status:
+    """The status of a run that goes on: of its directory, or of its head's address.
+
+    Raises:
+        UnreachableError: it does not, or not for us.
+        SecurityError: as of `controller`.
+    """
+    with _asked(run) as asked:
         return await asked.status()
 
 
-async def stop(run_dir: Path) -> None:
-    """Have the run drained.  Raises: UnreachableError, if it does not go on."""
-    with controller(_address(run_dir)) as asked:
+async def stop(run: Path | str) -> None:
+    """Have the run drained.  Raises: as `status_of`, and RemoteError where it is stopped on its head only."""
+    with _asked(run) as asked:
         await asked.stop()
 
 
-def _address(run_dir: Path) -> str:
-    address = str(run_dirs.meta(run_dir).get("status_address", ""))
+@contextmanager
+def _asked(run: Path | str) -> Iterator[Controller]:
+    """Raises: UnreachableError, as well, that says what may be missing at the far end."""
+    address, host = (run, "") if isinstance(run, str) else _address(run)
+    with controller(address, host) as found:
+        try:
+            yield found
+        except UnreachableError as error:
+            raise UnreachableError(f"{error}{hint(address, host)}") from None
+
+
+def hint(address: str, host: str) -> str:
+    """Why a head that is there may not answer us."""
+    head, bare = split(address)
+    if not bare.startswith("tcp:"):
+        return ""
+    if not head:
+        return "; where its links are encrypted, give tcp://HEAD@ADDRESS:PORT, HEAD being its name in `hosts:`"
+    host = host or keys.only()
+    return f"; unless it was before, type on {head}:  {keys.introduction(host)}"
+
+
+def _address(run_dir: Path) -> tuple[str, str]:
+    """Where the controller answers, and as which host we ask."""
+    meta = run_dirs.meta(run_dir)
+    address = str(meta.get("status_address", ""))
     if address.startswith(("ipc:", "tcp:")):
-        return address
+        return address, str(meta.get("share") or "")
     raise UnreachableError(f"{run_dir}: a run in one process (--in-process) cannot be asked from outside")

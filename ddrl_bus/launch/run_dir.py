@@ -1,4 +1,4 @@
-"""A run's directory.
+"""A run's directory, which is its user's alone where we make it.
 
 runs/<name>/<UTC time>-s<seed>/
     topology.lock.yaml    the expanded topology; every node reads it
@@ -33,6 +33,7 @@ from typing import Any, Final
 import ddrl_bus
 from ddrl_bus.errors import SecurityError, UsageError
 from ddrl_bus.topology import Plan
+from ddrl_bus.topology.exposure import head_address
 from ddrl_bus.versions import versions
 
 ROOT: Final = Path("runs")
@@ -53,7 +54,7 @@ def create(
     """
     try:
         run_dir = path or _new(ROOT / plan.name, plan.seed)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_lock(run_dir, plan)
         for folder in ("logs", "ledger", CHECKPOINTS):
             (run_dir / folder).mkdir(exist_ok=True)
@@ -69,7 +70,7 @@ def _new(parent: Path, seed: int) -> Path:
     path, number = parent / name, 1
     while True:
         try:
-            path.mkdir()
+            path.mkdir(mode=0o700)
             break
         except FileExistsError:
             number += 1
@@ -106,6 +107,7 @@ def write_meta(run_dir: Path, plan: Plan, command: Sequence[str], started: float
         "run_id": plan.run_id,
         "seed": plan.seed,
         "status_address": status_address(plan, host),
+        "share": host,
         "git": _git_sha(),
         "versions": versions(),
         "before": before,
@@ -121,8 +123,8 @@ def meta(run_dir: Path) -> dict[str, Any]:
 def status_address(plan: Plan, host: str | None = None) -> str:
     """Where the controller answers people on this host; default: on its own."""
     controller = plan.controller
-    bind = plan.binds[controller.name, "progress"]
-    return bind.far if bind.far and host not in (None, controller.host) else bind.addresses[0]
+    far = head_address(plan) if host not in (None, controller.host) else None
+    return far or plan.binds[controller.name, "progress"].addresses[0]
 
 
 def _git_sha() -> str | None:
@@ -218,11 +220,14 @@ def sockets(plan: Plan, host: str) -> Iterator[None]:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder in which nobody else can put a socket.
+    """Make a folder that nobody else can enter, nor put another in its place.
 
     Raises:
-        SecurityError: it, or the one above, is somebody else's, or others may write to it.
+        SecurityError: it, or the one above, is somebody else's, or others may write to it or to where both are.
     """
+    where = folder.parent.parent
+    if where.exists() and where.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+        raise SecurityError(f"others can replace {folder.parent}; type `chmod +t {where}`, or set TMPDIR")
     for path in (folder.parent, folder):
         try:
             path.mkdir(mode=0o700, exist_ok=True)
@@ -233,6 +238,7 @@ def make_private(folder: Path) -> None:
             raise SecurityError(
                 f"{path}: not ours alone, and the run's sockets would be in it; remove it or set TMPDIR"
             )
+        path.chmod(0o700)  # it may be older than we are
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────

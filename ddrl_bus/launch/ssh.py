@@ -41,7 +41,7 @@ class Far:
         """Process name → command, for every host but this one.
 
         Raises:
-            UsageError: there are no others, this is not the head, or it cannot send them the topology.
+            UsageError: there are no others, or this is not the head.
         """
         others = [host for host in hosts_of(plan) if host != here]
         if not others:

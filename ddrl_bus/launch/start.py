@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -13,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddrl_bus import keys
-from ddrl_bus.errors import DdrlError, SecurityError, UsageError
+from ddrl_bus.errors import DdrlError, UsageError
 from ddrl_bus.launch import closing, run_dir
 from ddrl_bus.launch.catalog import catalog, find_topology, load_lock
 from ddrl_bus.launch.display import display
-from ddrl_bus.launch.hosts import command_of, head_of, hosts_of, this_host
+from ddrl_bus.launch.hosts import check_keys, command_of, head_of, hosts_of, this_host
 from ddrl_bus.launch.ssh import Far
 from ddrl_bus.messages import Join
 from ddrl_bus.topology import Plan, load
-from ddrl_bus.topology.exposure import needs_key
 from ddrl_bus.versions import versions
 
 
@@ -124,28 +121,33 @@ def host_share(
     """
     if not plan.on_host(host):
         raise UsageError(f"{plan.name}: no node on host {host!r}; hosts: {', '.join(plan.hosts)}")
-    _check_key(plan, host)
+    check_keys(plan, host)
     folder = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
     lines = {other: command_of(plan, other, words) for other in hosts_of(plan) if other != host}
     return _supervised(plan, host, folder, started, {} if remotes else lines, remotes)
 
 
-def joined_share(address: str, host: str, *, path: Path | None = None, started: float) -> Ended:
-    """Run the nodes of one host of the run whose head is at `address`."""
-    plan, folder = _joined(address, Join(versions(), host=host), path, started)
+def joined_share(
+    address: str, host: str, *, modules: Sequence[str] = (), path: Path | None = None, started: float
+) -> Ended:
+    """Run the nodes of one host of the run whose head is at `address`, with an environment of these `modules`."""
+    plan, folder = _joined(address, Join(versions(), host=host), modules, path, started)
     return _supervised(plan, host, folder, started)
 
 
-def joined_process(address: str, name: str, *, path: Path | None = None, started: float) -> int:
+def joined_process(
+    address: str, name: str, *, modules: Sequence[str] = (), path: Path | None = None, started: float
+) -> int:
     """Run one process of the run whose head is at `address`; its exit code."""
-    plan, folder = _joined(address, Join(versions(), process=name), path, started)
+    plan, folder = _joined(address, Join(versions(), process=name), modules, path, started)
     return _alone(plan, name, folder)
 
 
-def _joined(address: str, wanted: Join, path: Path | None, started: float) -> tuple[Plan, Path]:
+def _joined(address: str, wanted: Join, modules: Sequence[str], path: Path | None, started: float) -> tuple[Plan, Path]:
     from ddrl_bus.launch import join
 
-    joined = asyncio.run(join.join(join.address_of(address), wanted, _say))
+    joined = asyncio.run(join.join(join.address_of(address), wanted, _say, modules))
+    check_keys(joined.plan, joined.host)
     folder = run_dir.create(joined.plan, path=path, command=sys.argv, started=started, host=joined.host)
     run_dir.outlive(folder, joined.lives)
     return joined.plan, folder
@@ -170,21 +172,9 @@ def one_process(plan: Plan, name: str, *, path: Path | None = None, started: flo
 def _alone(plan: Plan, name: str, folder: Path) -> int:
     from ddrl_bus.launch import node
 
-    _check_key(plan, plan.process(name)[0].host)
+    check_keys(plan, plan.process(name)[0].host)
     run_dir.make_private(plan.ipc_dir)
     return node.run(plan, name, folder)
-
-
-def _check_key(plan: Plan, host: str) -> None:
-    """Rather here, in a word, than by each node.  Raises: SecurityError."""
-    if not needs_key(plan, host):
-        return
-    public = keys.own(host).public
-    if all(entry.key != public for entry in keys.allowed() if entry.name == host):
-        raise SecurityError(
-            f"this machine's key of {host} is not the one in its own list, which others may have too; "
-            f"type `ddrl keys allow {host} {shlex.quote(public)}` on every host"
-        )
 
 
 def evaluated(run: str | None, episodes: int, seed: int) -> dict[str, Any]:

@@ -30,11 +30,14 @@ def guard(plan: Plan, name: str, ledger: Ledger) -> Guard:
 
 def access_of(plan: Plan, name: str) -> Access:
     plain, binds, servers, guests = set[str](), set[str](), dict[str, Peer](), dict[str, dict[str, Peer]]()
+    people: dict[str, frozenset[str]] = {}
     for link, port in plan.ports(name).items():
         for address in (found for bind in port.binds for found in _tcp(port.link, bind)):
             if _is_guarded(port.link, address):
                 binds.add(address)
                 guests[link] = {peer.name: Peer(peer.host, peer.kind) for peer in plan.guests(name, link)}
+                if link == "progress":  # for the topology, and for how the run goes
+                    people[link] = frozenset(peer.host for peer in guests[link].values())
             else:
                 plain.add(address)
         for peer_name, dialled in port.peers.items():
@@ -44,7 +47,7 @@ def access_of(plan: Plan, name: str) -> Access:
                     servers[address] = Peer(peer.host, peer.kind)
                 else:
                     plain.add(address)
-    return Access(frozenset(plain), frozenset(binds), servers, guests)
+    return Access(frozenset(plain), frozenset(binds), servers, guests, people)
 
 
 def _tcp(link: LinkPlan, address: str) -> Iterator[str]:

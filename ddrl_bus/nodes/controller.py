@@ -148,6 +148,9 @@ class Controller(Node):
                 "start every host from the same file and overrides, or with --join"
             )
             return
+        if progress.role != (kind := self.plan.nodes[message.node].kind):
+            request.refuse(f"{message.node} is no {progress.role}: it is of kind {kind}")
+            return
         known = self.members.get(message.node)
         if progress.package != __version__ and (known is None or known.epoch != message.epoch):
             self.log.warning("%s runs ddrl_bus %s, this is %s", message.node, progress.package, __version__)
@@ -159,7 +162,7 @@ class Controller(Node):
         for earlier, counters in progress.earlier.items():
             if re.fullmatch(rf"{re.escape(message.node)}@[0-9a-f]{{16}}", earlier):  # it will name a file
                 self.lives[earlier] = counters
-        if progress.evaluation is not None:
+        if progress.evaluation is not None and progress.role == "evaluator":
             self._on_evaluation(message.node, progress.evaluation)
         request.answer(Control.KIND, fields_of(self.control))
         self.control_changed.set()
@@ -179,6 +182,9 @@ class Controller(Node):
         request.answer(STATUS, arrays={"json": np.frombuffer(text, np.uint8)})
 
     def _on_stop(self, request: Request) -> None:
+        if request.speakers is not None:  # its key is for what its nodes need
+            request.refuse(f"a run is stopped on its head: type `ddrl stop` on {self.plan.controller.host}")
+            return
         if self.control.phase != "drain":
             self._drain("stop")
         request.answer(Control.KIND, fields_of(self.control))
@@ -190,6 +196,9 @@ class Controller(Node):
             return
         share = self.plan.processes.get(join.process, ()) if join.process else self.plan.on_host(join.host)
         nodes = [node.name for node in share]
+        if request.speakers is not None and (others := sorted(set(nodes) - request.speakers)):
+            request.refuse(f"whoever asks has no key that is allowed for {', '.join(others[:16])}")
+            return
         now = asyncio.get_running_loop().time()
         text = self.plan.lock().encode()
         self.log.info("join of=%s versions=%s", join.process or join.host, json.dumps(join.versions))
@@ -228,7 +237,7 @@ class Controller(Node):
         stop = self.plan.stop
         if stop.reward is not None and self.last is not None and self.last.mean_return >= stop.reward:
             return "reward"
-        if any(member.progress.done for member in self.members.values()):
+        if any(member.progress.done for member in self.members.values() if member.progress.role == self.trainer):
             return "steps"
         if stop.time is not None and time.time() - self.began >= stop.time:
             return "time"

@@ -14,7 +14,6 @@ from ddrl_bus.topology.schema import (
     ActorOptions,
     AlgorithmEntry,
     Catalog,
-    HostKeys,
     NodeOptions,
     ReplayOptions,
     one_of,
@@ -211,7 +210,7 @@ def _check_ipc(address: str, root: Node, problems: Problems) -> None:
         problems.add(root, "", f"{message} directory, or shorten the run id and the names of groups")
 
 
-def check_security(plan: Plan, keys: HostKeys | None, root: Node, problems: Problems) -> None:
+def check_security(plan: Plan, catalog: Catalog, root: Node, problems: Problems) -> None:
     """Links that would leave their machine in the open without being told to: those of hosts without a key."""
     hosts = guarded(plan)
     if summing := next((host for host, links in hosts.items() if "sync" in links), None):
@@ -221,18 +220,18 @@ def check_security(plan: Plan, keys: HostKeys | None, root: Node, problems: Prob
         at = path if "sync" in root.find(["links"]).children() else ("hosts", summing)
         problems.add(root.find(at), dotted(path), message)
     for host, links in hosts.items():
-        if wrong := _without_key(host, links, keys(host) if keys else None):
+        if wrong := _without_key(host, links, catalog):
             problems.add(root.find(("hosts", host)), "links", wrong)
 
 
-def _without_key(host: str, links: Mapping[str, set[str]], kinds: frozenset[str] | None) -> str:
-    """What is wrong with a host's key, if anything is. `kinds`: of node that it may stand for; None if it has none."""
+def _without_key(host: str, links: Mapping[str, set[str]], catalog: Catalog) -> str:
+    """What is wrong with a host's key, if anything is."""
+    kinds = catalog.keys(host) if catalog.keys else None
     if kinds is None:
         return (
             f"no key of {host} is allowed on this machine, but these links leave theirs: {', '.join(links)}; "
-            f"type `ddrl keys new {host}` on {host}, and on every other host `ddrl keys allow {host} KEY` with the key "
-            "that it prints; or set insecure: true, on a link or once at the top level, if only machines you trust "
-            "reach that network"
+            f"{catalog.invite(host)}; or set insecure: true, on a link or once at the top level, if only machines you "
+            "trust reach that network"
         )
     if kinds and (beyond := frozenset[str]().union(*links.values()) - kinds):
         return (

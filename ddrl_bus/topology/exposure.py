@@ -29,6 +29,14 @@ def exposed(plan: Plan) -> Iterator[tuple[NodePlan, LinkPlan, Bind]]:
             yield plan.nodes[name], plan.links[link], bind
 
 
+def head_address(plan: Plan) -> str | None:
+    """Where other hosts ask the controller; `tcp://HEAD@HOST:PORT` where only keys open, HEAD being who must answer."""
+    address = plan.join_address
+    if address is None or plan.links["progress"].insecure or not leaves(address):
+        return address
+    return address.replace("://", f"://{plan.controller.host}@")
+
+
 def insecure_links(plan: Plan, name: str) -> list[str]:
     """The links on which this node sends or receives across machines in plain text."""
     return [
@@ -41,6 +49,17 @@ def insecure_links(plan: Plan, name: str) -> list[str]:
 def needs_key(plan: Plan, host: str) -> bool:
     """Whether nodes of a host bind or dial what only keys open."""
     return host in guarded(plan)
+
+
+def met(plan: Plan, host: str) -> set[str]:
+    """The hosts with which a host needs keys, itself included."""
+    pairs = [
+        {node.host, guest.host}
+        for node, link, _ in exposed(plan)
+        if not link.insecure
+        for guest in plan.guests(node.name, link.name)
+    ]
+    return set[str]().union(*(pair for pair in pairs if host in pair))
 
 
 def guarded(plan: Plan) -> Mapping[str, dict[str, set[str]]]:

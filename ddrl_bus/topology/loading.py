@@ -100,7 +100,7 @@ def _judged(plan: Plan, tree: Node, catalog: Catalog, problems: Problems) -> Pla
     exposed, env = Problems(), Problems()
     checks.check_in_process(plan, tree, problems)
     checks.check_addresses(plan, tree, problems)
-    checks.check_security(plan, catalog.keys, tree, exposed)
+    checks.check_security(plan, catalog, tree, exposed)
     checks.check_env(plan, catalog, tree, env)
     if problems:
         problems.found |= exposed.found | env.found

@@ -16,6 +16,8 @@ from ddrl_bus.transport.wire import Buffer
 OnMessage = Callable[[list[Buffer]], None]
 """Called in the event loop with the parts of each message; a ROUTER's first part names the peer."""
 
+PEOPLE: Final = "people."
+"""Begins the name of who asks and is no node, whose name has no dot."""
 SCHEMES: Final = ("memory", "ipc", "tcp")
 
 

@@ -20,7 +20,7 @@ from zmq.utils import z85
 
 from ddrl_bus.errors import SecurityError
 from ddrl_bus.keys import AllowList, Entry, KeyPair, may
-from ddrl_bus.transport.base import scheme
+from ddrl_bus.transport.base import PEOPLE, scheme
 from ddrl_bus.transport.ledger import Ledger
 
 ZAP_ADDRESS: Final = "inproc://zeromq.zap.01"
@@ -30,6 +30,8 @@ REFUSALS: Final = 32
 WITHIN_S: Final = 10.0
 QUARANTINE_S: Final = 300.0
 """A key with more refused messages than the first within the second is shut out for the third."""
+SUBSCRIPTIONS: Final = 256
+"""The same for messages to a publisher, for each node that the key speaks for: two per connection, and each 0.5 s."""
 MAX_TOLD: Final = 64
 """Strangers that the log tells of."""
 
@@ -52,12 +54,14 @@ class Access:
         binds: addresses that it binds and guards.
         servers: address that it dials → whose key must answer.
         guests: link → node → where that node, which may come over the link, is to be.
+        people: link → hosts whose people may ask over it, in no node's name.
     """
 
     plain: frozenset[str] = NOBODY
     binds: frozenset[str] = NOBODY
     servers: Mapping[str, Peer] = field(default_factory=dict)
     guests: Mapping[str, Mapping[str, Peer]] = field(default_factory=dict)
+    people: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 class Guard:
@@ -84,7 +88,9 @@ class Guard:
         self._log = logging.getLogger(f"ddrl_bus.{node}")
         self._told: set[tuple[str, str]] = set()
         self._refusals: dict[str, deque[float]] = {}
+        self._topics: dict[tuple[str, str], deque[float]] = {}
         self._until: dict[str, float] = {}
+        self._newly_shut_out = False
         self._speakers: dict[tuple[str, str], frozenset[str]] = {}
         self._by_key: Mapping[str, list[Entry]] = {}
         if pair is not None and allowed.refresh():
@@ -126,7 +132,8 @@ class Guard:
         return [b"1.0", number, b"300", b"not allowed", b"", b""]
 
     def speakers(self, link: str, user: str) -> frozenset[str]:
-        """The nodes that the holder of a key may speak for on a link; nobody for a stranger, or one shut out."""
+        """The nodes, or PEOPLE, that the holder of a key may speak for on a link; nobody for a stranger, or one shut
+        out."""
         if self._until and self._now() >= self._until.get(user, float("inf")):
             self._release(user)
         found = self._speakers.get((link, user))
@@ -138,20 +145,31 @@ class Guard:
                 for node, peer in guests.items()
                 if any(entry.name == peer.host and may(entry, peer.kind) for entry in entries)
             )
+            if any(entry.name in self._access.people.get(link, NOBODY) for entry in entries):
+                found |= {PEOPLE}
             if entries:  # strangers are without number
                 self._speakers[link, user] = found
         return found
 
     def refused(self, user: str) -> None:
         """A message of this key was no message, or in somebody else's name."""
+        self._note(user, self._refusals.setdefault(user, deque(maxlen=REFUSALS + 1)), "messages refused")
+
+    def subscribed(self, link: str, user: str) -> None:
+        """A publisher was told of a topic more or less; libzmq keeps each for as long as its connection lasts."""
+        most = SUBSCRIPTIONS * len(self.speakers(link, user))
+        self._note(user, self._topics.setdefault((link, user), deque(maxlen=most + 1)), "subscriptions")
+
+    def _note(self, user: str, times: deque[float], what: str) -> None:
+        """Shut a key out of which there is more within WITHIN_S than `times` has room for but one."""
         now = self._now()
-        times = self._refusals.setdefault(user, deque(maxlen=REFUSALS + 1))
         times.append(now)
-        if len(times) > REFUSALS and now - times[0] <= WITHIN_S and user not in self._until:
+        if len(times) == times.maxlen and now - times[0] <= WITHIN_S and user not in self._until:
             self._until[user] = now + QUARANTINE_S
+            self._newly_shut_out = True
             self._speakers.clear()
             self._mark(user, 1)
-            self._log.warning("quarantined host=%s key=%s: %d messages refused", self._names(user), user, len(times))
+            self._log.warning("quarantined host=%s key=%s: %d %s", self._names(user), user, len(times), what)
 
     def unread(self) -> None:
         """A message was dropped: whoever sent it may speak for nobody."""
@@ -160,6 +178,7 @@ class Guard:
     def _release(self, user: str) -> None:
         del self._until[user]
         self._refusals.pop(user, None)
+        self._topics = {key: times for key, times in self._topics.items() if key[1] != user}
         self._speakers.clear()
         self._mark(user, 0)
 
@@ -179,14 +198,14 @@ class Guard:
     # ---- the list
 
     def refresh(self) -> bool:
-        """Look at the allow-list again; whether somebody may do less than before."""
-        before = self._by_key
+        """Look at the allow-list again; whether somebody may do less than at the last look."""
+        before, fewer, self._newly_shut_out = self._by_key, self._newly_shut_out, False
         if not self._allowed.refresh():
-            return False
+            return fewer
         self._take_list()
         self._told.clear()
         self._log.info("allowed hosts=%s", ",".join(sorted({entry.name for entry in self._allowed.entries})))
-        return any(not set(entries) <= set(self._by_key.get(key, [])) for key, entries in before.items())
+        return fewer or any(not set(entries) <= set(self._by_key.get(key, [])) for key, entries in before.items())
 
     def _take_list(self) -> None:
         self._by_key = self._allowed.by_key()

@@ -66,7 +66,10 @@ OPTIONS: Final[dict[int, int]] = {
 KIND_OPTIONS: Final[dict[SocketKind, dict[int, int]]] = {
     SocketKind.SUB: {zmq.LINGER: 0},  # it holds but subscriptions, and would wait for a peer that is gone to take them
     SocketKind.DEALER: {zmq.LINGER: 0},  # who closes waits for no answer
-    SocketKind.XPUB: {zmq.XPUB_VERBOSE: 1},  # see every subscription, also of a topic that is known
+    SocketKind.XPUB: {
+        zmq.XPUB_VERBOSE: 1,  # see every subscription, also of a topic that is known
+        zmq.MAXMSGSIZE: 1024,  # a topic, each byte of which libzmq keeps as some 40; ours have 83, a handshake 400
+    },
     SocketKind.ROUTER: {zmq.ROUTER_MANDATORY: 1},  # an unknown peer is an error, not a silent drop
 }
 _TYPES: Final = {
@@ -160,6 +163,7 @@ class ZmqSocket:
         self._on_message = on_message
         self._when_writable: list[Callable[[], None]] = []
         self._corks = kind is SocketKind.PUSH
+        self._publishes = kind is SocketKind.XPUB
         self._at_once = 1 if kind is SocketKind.DEALER else DRAIN_MESSAGES
         self._cork: list[Buffer] = []
         self._pump_due = False
@@ -179,11 +183,12 @@ class ZmqSocket:
     def bind(self, address: str) -> None:
         if scheme(address) == "ipc":
             self._locks.append(_claim(address))
+        numeric = _numeric(address)
         if self.guards(address):
             self._serve_curve()
-            self._guarded.append(address)
+            self._guarded.append(numeric)
         try:
-            self.raw.bind(_numeric(address))
+            self.raw.bind(numeric)
         except zmq.ZMQError as error:
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUseError(
@@ -247,8 +252,8 @@ class ZmqSocket:
             self.raw.bind(self._unbound[-1])
             self._unbound.pop()
         except zmq.ZMQError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
+            if error.errno != errno.EADDRINUSE:  # its network is away, perhaps
+                logging.getLogger(__name__).warning("%s: not bound again yet: %s", self._unbound[-1], error)
         self._pump_soon()  # it lets go only if asked for events
         self._loop.call_later(BIND_AGAIN_S, self._bind_again)
 
@@ -363,6 +368,8 @@ class ZmqSocket:
         self.speakers = self._guard.speakers(self._link, self._user)
         if not self.speakers:
             self._guard.unread()
+        elif self._publishes:
+            self._guard.subscribed(self._link, self._user)
         return bool(self.speakers)
 
 

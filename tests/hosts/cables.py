@@ -76,3 +76,10 @@ def running(
     finally:
         run.close()
         shutil.rmtree(sockets)
+
+
+def ddrl_keys(folder: Path, *words: str) -> str:
+    """What `ddrl keys WORDS` prints on the host with that folder of keys."""
+    environ = ENVIRON | {"DDRL_KEYS": str(folder)}
+    done = subprocess.run(command("keys", *words), env=environ, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()

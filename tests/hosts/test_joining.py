@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cables import ADDRESSES, MISSING, Cable, running
+from cables import ADDRESSES, MISSING, Cable, ddrl_keys, running
 from runs import ENVIRON, FOREVER, SMALL, Run, command, eventually
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -30,10 +31,11 @@ pytestmark = [
 ]
 
 
-def head(cable: Cable, folder: Path, *words: str) -> AbstractContextManager[Run]:
+def head(cable: Cable, folder: Path, *words: str, keys: Path | None = None) -> AbstractContextManager[Run]:
     """`ddrl run two-hosts`, which finds out which host it is on."""
     words = ("run", "two-hosts", "nodes.actor.count=2", *SMALL, *words)
-    return running(cable, "gpu0", folder, *words, name="ddrl", **HOSTS)
+    variables = HOSTS | {"DDRL_KEYS": str(keys or folder / "none")}
+    return running(cable, "gpu0", folder, *words, name="ddrl", **variables)
 
 
 def joined(cable: Cable, folder: Path, *words: str) -> AbstractContextManager[Run]:
@@ -70,6 +72,38 @@ def test_a_host_of_another_protocol_is_refused_and_both_are_named(cable: Cable, 
         assert learner.process.poll() is None
     assert other.returncode == 64, other.stderr
     assert "protocol 1.1 here, we speak 9.0; install the same ddrl_bus on both hosts" in other.stderr
+
+
+def test_by_keys_a_host_joins_and_asks_and_stops_nobody(cable: Cable, tmp_path: Path, keys: dict[str, Path]) -> None:
+    """The line is the one that the head prints; who has no key, or another's, is not told the topology."""
+    address = f"tcp://gpu0@{ADDRESSES['gpu0']}:7077"
+    line = f"ddrl-node --join {address} --host cpu1"
+    by_key = {"DDRL_KEYS": str(keys["cpu1"])}
+
+    def asked(*words: str) -> subprocess.CompletedProcess[str]:
+        argv = command(*words, prefix=cable.on("cpu1"))
+        return subprocess.run(argv, env=ENVIRON | by_key, capture_output=True, text=True, timeout=100, check=False)
+
+    with head(cable, tmp_path / "gpu0", "insecure=false", *FOREVER, keys=keys["gpu0"]) as learner:
+        assert learner.until(lambda: f"on cpu1:  {line}\n" in learner.said, "what to type")
+        with running(cable, "cpu1", tmp_path / "cpu1", *shlex.split(line)[1:], **by_key) as actors:
+            learner.until(lambda: learner.trained() > 20, "training by key")
+            for run in (address, str(tmp_path / "cpu1")):
+                status = json.loads(asked("status", run, "--json").stdout)
+                assert status["nodes"]["actor-0"]["state"] == "running"
+            plain = asked("status", address.replace("gpu0@", ""))
+            assert (plain.returncode, plain.stdout) == (69, "")
+            assert "where its links are encrypted, give tcp://HEAD@ADDRESS:PORT" in plain.stderr
+            refused = asked("stop", str(tmp_path / "cpu1"))
+            assert refused.returncode == 70
+            assert "type `ddrl stop` on gpu0" in refused.stderr
+            ddrl_keys(keys["gpu0"], "revoke", "cpu1")
+            stranger = asked("status", address)
+            assert (stranger.returncode, stranger.stdout) == (69, "")
+            assert "unless it was before, type on gpu0:  ddrl keys allow cpu1 " in stranger.stderr
+            learner.process.send_signal(signal.SIGTERM)
+            assert learner.ends()["reason"] == "stop"
+            actors.close()
 
 
 # ── by ssh ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -151,6 +185,15 @@ def test_ssh_starts_the_other_host_and_shows_what_it_says(cable: Cable, ssh: Ssh
         assert (ended["reason"], ended["ledger"]["closed"], ended["restarts"]) == ("steps", True, 0)
         assert ended["env_steps"] > 100_000
         assert "ssh cpu1 | run runs/two-hosts/" in run.said
+        assert ssh.processes() == []
+
+
+def test_ssh_starts_it_by_keys(cable: Cable, ssh: Ssh, tmp_path: Path, keys: dict[str, Path]) -> None:
+    words = [*ssh.words[:-1], ssh.words[-1].replace(ssh.mark, f"{ssh.mark} DDRL_KEYS={keys['cpu1']}")]
+    more = ("insecure=false", "stop.reward=null", "stop.steps=100000")
+    with head(cable, tmp_path / "gpu0", *words, *more, keys=keys["gpu0"]) as run:
+        ended = run.ends()
+        assert (ended["reason"], ended["ledger"]["closed"], ended["restarts"]) == ("steps", True, 0)
         assert ssh.processes() == []
 
 

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from cables import ADDRESSES, MISSING, Cable, running
+from cables import ADDRESSES, MISSING, Cable, ddrl_keys, running
 from replicas import forms, train, updates
-from runs import ENVIRON, FOREVER, Run, assert_closed, command
+from runs import FOREVER, Run, assert_closed
 
 from ddrl_bus.launch import closing
 from ddrl_bus.transport import ledger
 
 LATE_S = 10.0
 CUT_S = 2.0
-RUNS = ("actor", "evaluator", "relay")
-"""Kinds of node on the second host."""
 DOWN_S = 2.0
 TWO_HOSTS = ("two-hosts", "nodes.actor.count=2")
 DDPPO = (
@@ -154,23 +151,6 @@ def test_replicas_on_two_hosts_lose_each_other_and_meet_again(cable: Cable, tmp_
             assert "DivergedError" not in run.said, host
         pages = [ledger.read(page) for run in (first, second) for page in (run.folder / "ledger").glob("*.page")]
         assert_closed(ledger.audit(pages)["trajectories"])
-
-
-def ddrl_keys(folder: Path, *words: str) -> str:
-    """What `ddrl keys WORDS` prints on the host with that folder of keys."""
-    environ = ENVIRON | {"DDRL_KEYS": str(folder)}
-    done = subprocess.run(command("keys", *words), env=environ, capture_output=True, text=True, check=True, timeout=60)
-    return done.stdout.strip()
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> dict[str, Path]:
-    """Host → its folder of keys, after each has allowed the other."""
-    folders = {host: tmp_path / f"keys-{host}" for host in ADDRESSES}
-    public = {host: ddrl_keys(folder, "new", host) for host, folder in folders.items()}
-    ddrl_keys(folders["gpu0"], "allow", "cpu1", public["cpu1"], *(f"--role={kind}" for kind in RUNS))
-    ddrl_keys(folders["cpu1"], "allow", "gpu0", public["gpu0"])
-    return folders
 
 
 def test_with_keys_it_trains_and_nothing_secret_is_left_behind(

@@ -52,15 +52,13 @@ def needs(tool: str) -> Any:
     return pytest.mark.skipif(not shutil.which(tool) and not CI, reason=f"needs {tool}")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_no_engine_is_told_to_join_where_links_are_encrypted(
-    engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("DDRL_KEYS", str(tmp_path))
-    for host in ("gpu0", "cpu1", "ddrl-two-hosts-gpu0"):
-        keys.allow(keys.Entry(host, keys.new(host), frozenset()))
-    with pytest.raises(UsageError, match="in the open; copy it to the others and type on cpu1"):
-        ENGINES[engine](two_hosts("insecure=false"), OPTIONS)
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Plan:
+    """The two hosts by keys."""
+    monkeypatch.setenv(keys.ENVIRONMENT, str(tmp_path / "keys"))
+    for host in ("gpu0", "cpu1"):
+        keys.new(host)
+    return two_hosts("insecure=false")
 
 
 # ── all of them ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,6 +220,54 @@ def test_tmux_has_a_window_per_host_with_its_line(tmp_path: Path) -> None:
         assert topology.read_text() == plan.lock()
     finally:
         tmux("kill-server")
+
+
+# ── by keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_with_keys_who_joins_names_the_head_and_no_secret_is_written(engine: str, guarded: Plan) -> None:
+    text = "".join(ENGINES[engine](guarded, OPTIONS).values())
+    assert re.findall(r"--join\W+tcp://(\w+)@", text) == ["gpu0"]
+    assert not any(keys.own(host).secret in text or keys.own(host).public in text for host in ("gpu0", "cpu1"))
+
+
+def test_each_pod_has_the_secret_of_its_host(guarded: Plan) -> None:
+    text = only(ENGINES["k8s"](guarded, OPTIONS))
+    for host, document in zip(("gpu0", "cpu1"), documents(text)[2:], strict=True):
+        files = f"--from-file=$DDRL_KEYS/allowed --from-file=$DDRL_KEYS/{host}.key"
+        assert f"kubectl create secret generic two-hosts-{host}-keys {files}\n" in text
+        pod = document["spec"]["template"]["spec"]
+        secret = {"secretName": f"two-hosts-{host}-keys", "defaultMode": 0o400}
+        assert {"name": "keys", "secret": secret} in pod["volumes"]
+        (container,) = pod["containers"]
+        assert {"name": "keys", "mountPath": "/etc/ddrl-keys", "readOnly": True} in container["volumeMounts"]
+        assert container["env"] == [{"name": keys.ENVIRONMENT, "value": "/etc/ddrl-keys"}]
+    validate = pytest.importorskip("kubernetes_validate")
+    assert all(validate.validate(document, "1.27", strict=True) for document in documents(text))
+
+
+def test_each_service_has_the_folder_of_its_host(guarded: Plan) -> None:
+    text = only(ENGINES["compose"](guarded, OPTIONS))
+    (document,) = documents(text)
+    for host in ("gpu0", "cpu1"):
+        service = document["services"][f"two-hosts-{host}"]
+        assert service["volumes"] == [f"two-hosts-{host}:/run-dir", f"./keys/{host}:/etc/ddrl-keys:ro"]
+        assert service["environment"] == {keys.ENVIRONMENT: "/etc/ddrl-keys"}
+    compose_spec = pytest.importorskip("compose_spec")
+    compose_spec.PyCompose.from_yaml(text).validate()
+
+
+def test_units_scripts_and_windows_name_the_folder(guarded: Plan) -> None:
+    units = ENGINES["systemd"](guarded, OPTIONS)
+    for host in ("gpu0", "cpu1"):
+        unit = units[f"ddrl-two-hosts-{host}.service"]
+        assert "\nUser=ddrl\nEnvironment=DDRL_KEYS=/etc/ddrl/keys\n" in unit
+        assert "DynamicUser" not in unit
+    for engine in ("slurm", "tmux"):
+        text = only(ENGINES[engine](guarded, OPTIONS))
+        assert "~/.config/ddrl/keys" in text
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=30)
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import pytest
 
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch import run_dir
+from ddrl_bus.launch.emit import ENGINES, Options
 from ddrl_bus.launch.hosts import Missing, command_of, is_here, this_host
 from ddrl_bus.launch.ssh import OPTIONS, Far
 from ddrl_bus.launch.start import plan_of
@@ -38,6 +39,15 @@ def test_lines_to_type() -> None:
     assert command_of(plan(), "gpu0", ["x.yaml", "a=b c"]) == "ddrl-node -t x.yaml 'a=b c' --host gpu0"
 
 
+def test_the_line_names_the_module_of_an_environment_of_ones_own() -> None:
+    """Whoever types it has it imported there; the head alone cannot."""
+    own = plan_of("two-hosts", ["hosts={gpu0: 10.0.0.1, cpu1: 10.0.0.2}", "env.id=my.envs:Cart-v0"], probe=False)
+    line = "ddrl-node --join tcp://10.0.0.1:7077 --import my.envs --host cpu1"
+    assert command_of(own, "cpu1", []) == line
+    assert line in ENGINES["tmux"](own, Options())["two-hosts.sh"]
+    assert '${nodes[head]}:7077" --import my.envs "${run[@]}"' in ENGINES["slurm"](own, Options())["two-hosts.sbatch"]
+
+
 def test_the_controller_s_address_is_one_that_the_host_can_reach() -> None:
     ipc = f"ipc://{plan().ipc_dir}/controller-0.progress"
     assert run_dir.status_address(plan(), "cpu1") == plan().join_address == "tcp://198.51.100.1:7077"
@@ -55,14 +65,14 @@ def test_ssh_asks_nothing_and_starts_what_joins() -> None:
     assert "BatchMode=yes" in asked
 
 
-def test_where_links_are_encrypted_each_host_needs_the_file() -> None:
+def test_where_links_are_encrypted_the_head_is_named() -> None:
     hosts = "hosts={gpu0: 198.51.100.1, cpu1: 198.51.100.2}"
     guarded = plan_of("quickstart", [hosts, "nodes.actor.host=cpu1"], probe=False, starts=False)
-    assert command_of(guarded, "cpu1", ["x.yaml"]) == "ddrl-node -t x.yaml --host cpu1"
-    with pytest.raises(
-        UsageError, match="in the open; copy it to the others and type on cpu1: ddrl-node -t TOPO --host cpu1"
-    ):
-        Far("ddrl-node").remotes(guarded, "gpu0")
+    line = "ddrl-node --join tcp://gpu0@198.51.100.1:7077 --host cpu1"
+    assert command_of(guarded, "cpu1", ["x.yaml"]) == line
+    assert Far("ddrl-node").remotes(guarded, "gpu0")["ssh cpu1"][-1] == f"exec {line.replace(' ', ' --leash ', 1)}"
+    assert run_dir.status_address(guarded, "cpu1") == "tcp://gpu0@198.51.100.1:7077"
+    assert run_dir.status_address(guarded, "gpu0").startswith("ipc:")
 
 
 # ── missing ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from ddrl_bus.errors import (
     DdrlError,
     EnvError,
     RemoteError,
+    SecurityError,
     TopologyError,
     UnreachableError,
     UsageError,
@@ -126,7 +128,7 @@ async def test_a_head_that_comes_late(plan: Plan, port: int, said: list[str], mo
 
     waiting = asyncio.create_task(join(f"tcp://127.0.0.1:{port}", CPU1, note))
     await spoke.wait()
-    assert said[0].endswith("on the head type:  ddrl run TOPO")
+    assert "on the head type:  ddrl run TOPO; where its links are encrypted, give tcp://HEAD@" in said[0]
     async with head(answer(plan), port):
         assert (await waiting).host == "cpu1"
 
@@ -202,6 +204,17 @@ async def test_a_hostile_head(
             await join(address, CPU1, said.append)
 
 
+async def test_no_module_is_imported_by_a_name_from_the_wire(plan: Plan, port: int, said: list[str]) -> None:
+    text = plan.lock().replace("CartPole-v1", "antigravity:CartPole-v1")
+    async with head(answer(plan, text), port) as address:
+        with pytest.raises(SecurityError, match=r"import 'antigravity'.*add  --import antigravity"):
+            await join(address, CPU1, said.append)
+        assert "antigravity" not in sys.modules
+        text = plan.lock().replace("CartPole-v1", "gymnasium.envs:CartPole-v1")
+    async with head(answer(plan, text), port) as address:
+        assert (await join(address, CPU1, said.append, ["gymnasium.envs"])).host == "cpu1"
+
+
 async def test_another_major_of_the_protocol_is_refused_and_both_are_named(
     plan: Plan, port: int, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,10 +250,14 @@ async def test_a_server_tells_a_client_of_another_major(port: int) -> None:
 def test_addresses(text: str) -> None:
     assert address_of(text) == "tcp://10.0.0.1:7077"
     assert address_of("gpu0.lan:80") == "tcp://gpu0.lan:80"
+    assert address_of("gpu0@10.0.0.1") == address_of("tcp://gpu0@10.0.0.1:7077") == "tcp://gpu0@10.0.0.1:7077"
     assert address_of("tcp://[fd00::5]:80") == "tcp://[fd00::5]:80"
 
 
-@pytest.mark.parametrize("text", ["", "tcp://", "ipc:///tmp/x", "10.0.0.1:0", "0.0.0.0", "tcp://*:7077", "http://a"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "tcp://", "ipc:///tmp/x", "@10.0.0.1", "-x@10.0.0.1", "10.0.0.1:0", "0.0.0.0", "tcp://*:7077", "http://a"],
+)
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(UsageError, match=r"expected the head's address, such as tcp://10\.0\.0\.1:7077"):
         address_of(text)

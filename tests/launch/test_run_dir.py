@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -125,6 +126,31 @@ def test_one_supervisor_per_host_and_run(tmp_path: Path) -> None:
             pass
     with run_dir.held(tmp_path, "gpu0"):
         pass
+
+
+def test_a_run_directory_is_ones_own_whatever_the_umask(plan: Plan, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        made = [run_dir.create(plan, path=path, command=[], started=0.0) for path in (None, tmp_path / "mine")]
+        old = tmp_path / "t" / "ddrl-0" / "run"
+        old.mkdir(parents=True, mode=0o755)
+        for path in (old.parent.parent, old.parent):
+            path.chmod(0o755)
+        run_dir.make_private(old)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (*made, old, old.parent)] == [0o700] * 4
+    old.parent.parent.chmod(0o777)
+    with pytest.raises(SecurityError, match=r"others can replace .*ddrl-0; type `chmod \+t "):
+        run_dir.make_private(old)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_a_folder_that_somebody_else_made_first_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ddrl-0").mkdir(mode=0o700)
+    os.chown(tmp_path / "ddrl-0", 4000, 4000)
+    with pytest.raises(SecurityError, match="not ours alone"):
+        run_dir.make_private(tmp_path / "ddrl-0" / "run")
 
 
 def test_sockets_have_a_private_folder_that_goes_with_the_run(plan: Plan, tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ async def test_every_subscription_of_a_stranger_is_refused(world: World, target:
         b"\x01" + own + b"a" * 65 + b"\x00" + b"0" * 16 + b"\x00",
         b"\x01" + own + b"../\x1b[2J\x00" + b"0" * 16 + b"\x00",
         b"\x01" + own + "актёр".encode() + b"\x00" + b"0" * 16 + b"\x00",
-        b"\x01" + bytes(100_000),
+        b"\x01" + bytes(1_000),
     ]
     topics += [b"\x01" + rng.randbytes(rng.randrange(1, 40)) + bytes([i]) for i in range(200)]
     topics += [bytes([rng.randrange(2, 256)]) + rng.randbytes(rng.randrange(300)) for _ in range(200)]

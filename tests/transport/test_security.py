@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 from harness import WAIT_S, Net, number_of, numbered, until
+from zmq.utils.monitor import recv_monitor_message
 
 from ddrl_bus import keys
 from ddrl_bus.errors import SecurityError, UnreachableError
 from ddrl_bus.keys import AllowList, Entry, KeyPair
-from ddrl_bus.transport import security, wire
+from ddrl_bus.transport import security, wire, zeromq
 from ddrl_bus.transport.base import SocketKind, back_channel
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
@@ -401,6 +404,70 @@ async def test_a_key_that_sends_garbage_is_quarantined(world: World, monkeypatch
     socket.send(wire.encode("ask", "other", 1, 1, {}))
     await until(lambda: "other" in world.asked)
     assert net.count("server", "security", "cpu2", "quarantined") == 0
+
+
+@pytest.mark.parametrize("topics", ["of garbage", "of lives of its own node"])
+async def test_who_subscribes_to_too_much_loses_its_connections(topics: str, world: World) -> None:
+    """Each topic is kept by libzmq for as long as the connection that subscribed to it."""
+    process = psutil.Process()
+    socket = world.stranger("weights", keys.own("cpu1"), keys.own("gpu0").public)
+    events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    assert await world.gets_something_done("weights", socket)
+    before = process.memory_info().rss
+    for number in range(20_000):
+        socket.subscribe(b"%d" % number * 10 if topics == "of garbage" else topic(b"S", "subscriber", number + 2))
+    await until(lambda: events.poll(0))
+    assert world.net.count("publisher", "security", "cpu1", "quarantined") == 1
+    assert process.memory_info().rss - before < 64 << 20
+    socket.disable_monitor()
+    events.close()
+    socket.close()
+    world.net.guards["publisher"]._release(keys.own("cpu1").public)  # its host is that of the good ends
+
+
+async def test_a_huge_topic_is_not_taken_in(world: World) -> None:
+    """libzmq keeps each of its bytes as a node of a tree."""
+    socket = world.stranger("credits", keys.own("cpu1"), keys.own("gpu0").public)
+    events = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    await until(lambda: events.poll(0))
+    assert recv_monitor_message(events)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+    before = world._read("credits")
+    socket.subscribe(b"Q" + bytes(4 << 10))
+    await until(lambda: events.poll(0))
+    assert recv_monitor_message(events)["event"] == zmq.EVENT_DISCONNECTED
+    assert world._read("credits") == before
+    socket.disable_monitor()
+    events.close()
+    socket.close()
+
+
+async def test_a_flood_of_connections_stalls_nobody_and_leaves_nothing(
+    net: Guarded, context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silent ones, ones that stop in the middle of the handshake, and strangers that go on trying, on every socket."""
+    monkeypatch.setitem(zeromq.OPTIONS, zmq.HANDSHAKE_IVL, 1_000)
+    world, process, flood = World(net, context), psutil.Process(), list[socket.socket]()
+    await world.good()
+    before = process.num_fds()
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
+    for number in range(200):
+        host, _, port = world.address(list(TARGETS)[number % len(TARGETS)]).removeprefix("tcp://").rpartition(":")
+        flood.append(socket.create_connection((host, int(port)), timeout=WAIT_S))
+        if number % 8 < 4:
+            flood[-1].send(greeting)
+        if number % 20 == 0:
+            await world.good()
+    strangers = [world.stranger(target, pair(), keys.own("gpu0").public) for target in TARGETS for _ in range(5)]
+    await until(lambda: world.net.count("learner", "security", "denied") >= 10)
+    for _ in range(20):
+        await world.good()
+    for stranger in strangers:
+        stranger.close()
+    await until(lambda: process.num_fds() <= before + len(flood) + 4)  # theirs are closed, ours not yet
+    for plug in flood:
+        plug.close()
+    await world.good()
+    assert process.num_fds() <= before + 4
 
 
 async def test_a_few_refusals_a_minute_are_no_reason(net: Guarded) -> None:

@@ -9,14 +9,19 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from ddrl_bus.errors import UsageError
+from ddrl_bus.launch import remote
 from ddrl_bus.launch.catalog import catalog
-from ddrl_bus.launch.hosts import check_can_join, head_of, hosts_of, join_words
+from ddrl_bus.launch.hosts import head_of, hosts_of, join_words
 from ddrl_bus.topology import Plan, load_text
+from ddrl_bus.topology.exposure import guarded, head_address
 
 Files = dict[str, str]
 """Name → text."""
+KEYS: Final = "/etc/ddrl-keys"
+"""Where a container has the keys of its host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +38,28 @@ def start(plan: Plan, host: str, topology: str, *more: str) -> list[str]:
     return [*where, *more]
 
 
+def by_key(plan: Plan) -> str:
+    """What stands before the head's address in `--join`: `HEAD@` where only keys open it."""
+    head, _ = remote.split(head_address(plan) or "")
+    return f"{head}@" if head else ""
+
+
+def with_keys(plan: Plan) -> list[str]:
+    """The hosts that need keys there, in their order."""
+    needy = guarded(plan)
+    return [host for host in hosts_of(plan) if host in needy]
+
+
 def placed(plan: Plan, addresses: Mapping[str, str]) -> Plan:
     """The plan with the engine's addresses for its hosts; a single host needs none.
 
     Raises:
         SecurityError: links that were inside one machine would leave theirs in the open.
-        UsageError: the head cannot send the others its topology.
     """
     if len(hosts_of(plan)) == 1:
         return plan
     lock = dataclasses.replace(plan, hosts={**plan.hosts, **addresses}).lock()
-    found = load_text(lock, f"{plan.name} with the addresses that the engine gives its hosts", catalog=catalog())
-    check_can_join(found)
-    return found
+    return load_text(lock, f"{plan.name} with the addresses that the engine gives its hosts", catalog=catalog())
 
 
 def labels(plan: Plan) -> dict[str, str]:

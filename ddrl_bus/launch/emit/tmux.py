@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from ddrl_bus.launch.emit.common import Files, Options, label, start
+from ddrl_bus.launch.emit.common import Files, Options, label, start, with_keys
 from ddrl_bus.launch.hosts import address_of, head_of, hosts_of
 from ddrl_bus.topology import Plan
 from ddrl_bus.topology.exposure import is_loopback
@@ -17,9 +17,11 @@ def tmux(plan: Plan, options: Options) -> Files:
         for host in hosts_of(plan)
         if host != head
     ]
+    keys = "# Each host has its keys in ~/.config/ddrl/keys, or where DDRL_KEYS says there.\n"
     script = f"""\
 #!/bin/sh
 # {plan.name}: run this on {head} ({plan.hosts[head]}), then `tmux attach -t {session}`.
+{keys if with_keys(plan) else ""}\
 set -eu
 folder=$(mktemp -d)
 cat >"$folder/{plan.name}.yaml" <<'TOPOLOGY'

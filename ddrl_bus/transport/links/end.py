@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from ddrl_bus.errors import LinkClosedError
-from ddrl_bus.transport.base import Backend, OnMessage, Socket, SocketKind
+from ddrl_bus.transport.base import PEOPLE, Backend, OnMessage, Socket, SocketKind
 from ddrl_bus.transport.ledger import Counter, Ledger
 from ddrl_bus.transport.wire import Buffer, Message
 
@@ -124,7 +124,7 @@ class End:
     def _may_speak(self, socket: Socket, node: str) -> bool:
         """Whether whoever sent what `socket` hands over now may speak for this node; else it is refused."""
         speakers = socket.speakers
-        if speakers is None or node in speakers:
+        if speakers is None or node in speakers or (node.startswith(PEOPLE) and PEOPLE in speakers):
             return True
         self._reject(socket, "rights")
         return False

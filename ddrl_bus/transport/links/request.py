@@ -125,6 +125,8 @@ class Request:
     message: Message
     _server: Server
     _peer: Buffer
+    speakers: frozenset[str] | None = None
+    """Whom the asker's key speaks for; None where none was needed."""
 
     def answer(
         self, kind: str, fields: Mapping[str, Any] | None = None, arrays: Mapping[str, Array] | Arena | None = None
@@ -198,7 +200,7 @@ class Server(End):
             return
         match self._core.arrived(message.node, message.epoch, message.seq, message.lane):
             case "new":
-                self._arrived(Request(message, self, bytes(parts[0])))
+                self._arrived(Request(message, self, bytes(parts[0]), self._socket.speakers))
                 self._messages.add()
                 self._bytes.add(message.nbytes)
             case (frame,):
