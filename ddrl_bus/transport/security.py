@@ -31,7 +31,7 @@ WITHIN_S: Final = 10.0
 QUARANTINE_S: Final = 300.0
 """A key with more refused messages than the first within the second is shut out for the third."""
 SUBSCRIPTIONS: Final = 256
-"""The same for messages to a publisher, for each node that the key speaks for: two per connection, and each 0.5 s."""
+"""The same for topics that stay, for each node that the key speaks for: a few per connection."""
 MAX_TOLD: Final = 64
 """Strangers that the log tells of."""
 
@@ -155,10 +155,14 @@ class Guard:
         """A message of this key was no message, or in somebody else's name."""
         self._note(user, self._refusals.setdefault(user, deque(maxlen=REFUSALS + 1)), "messages refused")
 
-    def subscribed(self, link: str, user: str) -> None:
+    def subscribed(self, link: str, user: str, more: bool) -> None:
         """A publisher was told of a topic more or less; libzmq keeps each for as long as its connection lasts."""
         most = SUBSCRIPTIONS * len(self.speakers(link, user))
-        self._note(user, self._topics.setdefault((link, user), deque(maxlen=most + 1)), "subscriptions")
+        times = self._topics.setdefault((link, user), deque(maxlen=most + 1))
+        if more:
+            self._note(user, times, "subscriptions")
+        elif times:  # who fetches puts one question in the place of another, as fast as the line is
+            times.pop()
 
     def _note(self, user: str, times: deque[float], what: str) -> None:
         """Shut a key out of which there is more within WITHIN_S than `times` has room for but one."""

@@ -68,7 +68,7 @@ KIND_OPTIONS: Final[dict[SocketKind, dict[int, int]]] = {
     SocketKind.DEALER: {zmq.LINGER: 0},  # who closes waits for no answer
     SocketKind.XPUB: {
         zmq.XPUB_VERBOSE: 1,  # see every subscription, also of a topic that is known
-        zmq.MAXMSGSIZE: 1024,  # a topic, each byte of which libzmq keeps as some 40; ours have 83, a handshake 400
+        zmq.MAXMSGSIZE: 1024,  # a topic, each byte of which libzmq keeps as some 40; ours have up to 260, a handshake 400
     },
     SocketKind.ROUTER: {zmq.ROUTER_MANDATORY: 1},  # an unknown peer is an error, not a silent drop
 }
@@ -369,7 +369,7 @@ class ZmqSocket:
         if not self.speakers:
             self._guard.unread()
         elif self._publishes:
-            self._guard.subscribed(self._link, self._user)
+            self._guard.subscribed(self._link, self._user, more=bytes(frame.buffer[:1]) == b"\x01")
         return bool(self.speakers)
 
 

@@ -513,7 +513,7 @@ async def test_garbage_questions_are_refused(net: Net, plugged: Plugged) -> None
     own = topic(b"S", "stranger", 1)
     asked = Ask(1, 1, 0, NOTHING, NOTHING, 0).text()
     bad = [b"x", b"S", b"S\x00", own[:-1], own + b"X" + asked, own + b"F", own + b"F" + asked[:-2], own + b"F-1"]
-    bad += [own + b"F" + asked + b".0", own + b"F" + b"9" * 50, b"x" * 10_000, own + b"F" + asked + b"\x00"]
+    bad += [own + b"F" + asked + b".0", own + b"F" + b"9" * 50, b"x" * 1000, own + b"F" + asked + b"\x00"]
     for said in bad:
         stranger.subscribe(said)
     await until(lambda: net.count("publisher", "weights", "stray", "hello") == len(bad))
