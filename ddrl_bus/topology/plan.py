@@ -51,7 +51,8 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LinkPlan:
-    """One link between groups. `window` counts messages; `max_lag` counts versions, None is no bound."""
+    """One link between groups. `window` counts messages; `max_lag` counts versions and `rate` bytes a second of one
+    sender, None is no bound."""
 
     name: str
     kind: LinkKind
@@ -62,6 +63,7 @@ class LinkPlan:
     max_lag: int | None
     insecure: bool
     codec: Codec = "auto"
+    rate: int | None = None
 
     @property
     def binding_side(self) -> Literal["out", "in"]:
@@ -286,6 +288,7 @@ def _link(link: LinkPlan) -> dict[str, Any]:
         data |= {"window": link.window, "on_loss": link.on_loss}
         data |= {} if link.max_lag is None else {"max_lag": link.max_lag}
         data |= {} if link.codec == "auto" else {"codec": link.codec}
+        data |= {} if link.rate is None else {"rate": link.rate}
     return data | {"insecure": link.insecure}
 
 

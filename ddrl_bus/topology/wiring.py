@@ -25,7 +25,7 @@ from ddrl_bus.topology.schema import (
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 QUEUE_WINDOW = 2  # one unroll under way while the receiver reads the other
-QUEUE_ONLY = ("window", "on_loss", "max_lag", "codec")
+QUEUE_ONLY = ("window", "on_loss", "max_lag", "codec", "rate")
 _UNWRITTEN = LinkSettings.model_validate({})
 
 
@@ -98,6 +98,7 @@ class Wiring:
             default.max_lag if settings.max_lag is None else settings.max_lag,
             insecure,
             settings.codec or default.codec or "auto",
+            settings.rate or default.rate,
         )
 
     def _ends(
