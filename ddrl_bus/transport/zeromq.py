@@ -56,6 +56,7 @@ OPTIONS: Final[dict[int, int]] = {
     zmq.HEARTBEAT_TTL: 5_000,
     zmq.RECONNECT_IVL: 100,
     zmq.RECONNECT_IVL_MAX: 1_000,  # nodes start in any order: this is how late a peer is found at most
+    zmq.CONNECT_TIMEOUT: 2_000,  # the kernel asks a host that is gone ever more seldom: after 30 s, 16 s from now
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 30,  # s
     zmq.TCP_KEEPALIVE_INTVL: 10,
