@@ -6,7 +6,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -115,10 +115,9 @@ async def proxy(routes: Mapping[Address, Address]) -> AsyncIterator[Proxy]:
         task = asyncio.current_task()
         assert task is not None
         through._tasks.add(task)
-        try:
+        with suppress(asyncio.CancelledError):  # at the end; asyncio's streams would report it
             await through.carry(target, reader, writer)
-        finally:
-            through._tasks.discard(task)
+        through._tasks.discard(task)
 
     servers = []
     try:
