@@ -449,6 +449,21 @@ def precision(as_json: bool) -> None:
     _print_rows(measure(), rows_as_text, as_json)
 
 
+@bench.command()
+@click.option("--partition", "partitions", default="5", show_default=True, metavar="S,...", callback=_numbers)
+@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="How long others last.")
+@as_json
+@debug
+def faults(partitions: list[int], seconds: int, as_json: bool) -> None:
+    """How soon training goes on after a network was bad, and what that lost.
+
+    A run for each fault, half a minute each. Namespaces are two hosts: it needs root, iproute2 and nftables.
+    """
+    from ddrl_bus.bench.faults import faults, measure, rows_as_text
+
+    _print_rows(measure(faults(partitions, seconds)), rows_as_text, as_json)
+
+
 def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:
     if as_json:
         import dataclasses

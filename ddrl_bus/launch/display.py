@@ -6,11 +6,12 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final, Protocol, Self, TextIO
 
 from ddrl_bus.launch.remote import Status
 from ddrl_bus.metrics import WAITS
+from ddrl_bus.topology.show import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -117,7 +118,7 @@ _DIGITS: Final = {"lag": 1, "return": 1, "samples/insert": 2}
 
 
 def table(status: Status) -> RenderableType:
-    """The status as one line and a row per node."""
+    """The status as one line, a row per node and one per link."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -140,7 +141,20 @@ def table(status: Status) -> RenderableType:
         f"env steps {number(status.get('env_steps'))}   {number(status.get('steps_per_s'))} steps/s   "
         f"updates {number(status.get('updates'))}"
     )
-    return Group(Text(head, style="bold"), Text(body), nodes)
+    return Group(Text(head, style="bold"), Text(body), nodes, *_links(status))
+
+
+def _links(status: Status) -> Iterator[RenderableType]:
+    from rich.table import Table
+
+    links = Table(box=None, pad_edge=False, header_style="dim")
+    links.add_column("link", no_wrap=True)
+    links.add_column("bytes", justify="right")
+    links.add_column("terms")
+    for name, link in (status.get("links") or {}).items():
+        links.add_row(name, size(link["bytes_in"]), link["terms"])
+    if links.row_count:
+        yield links
 
 
 def cell(gauges: Mapping[str, float], title: str) -> str:

@@ -243,7 +243,7 @@ class Node(ABC):
 
     def open_sender(self, link: str) -> Sender:
         port = self._port(link)
-        return self.bus.sender(link, port.peers, port.link.on_loss, port.link.codec)
+        return self.bus.sender(link, port.peers, port.link.on_loss, port.link.codec, port.link.rate)
 
     def open_receiver(self, link: str) -> Receiver:
         port = self._port(link)

@@ -27,6 +27,7 @@ from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Join, Joined, P
 from ddrl_bus.metrics import JsonLines, finite, shares
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.nodes.membership import Membership
+from ddrl_bus.topology.show import terms
 from ddrl_bus.transport.ledger import read
 from ddrl_bus.transport.links import Request, life
 from ddrl_bus.transport.wire import Arena
@@ -335,11 +336,13 @@ class Controller(Node):
         """A line now and then, and one for each evaluation."""
         status = self.status()
         gauges = {name: node["gauges"] for name, node in status.pop("nodes").items()}
+        del status["links"]
         evaluated = asdict(evaluation) if evaluation else None
         self.metrics.write({"time": time.time(), **status, "evaluation": evaluated, "nodes": gauges})
 
     def status(self) -> dict[str, Any]:
         """Everything that `ddrl status` shows."""
+        links = self.plan.links.values()
         return {
             "name": self.plan.name,
             "run_id": self.plan.run_id,
@@ -353,8 +356,13 @@ class Controller(Node):
             "return": self.last.mean_return if self.last else None,
             "best_return": self.best.mean_return if self.best else None,
             "quarantined": self._quarantined(),
+            "links": {link.name: {"terms": terms(link), "bytes_in": self._bytes(link.name)} for link in links},
             "nodes": {name: self._member_status(name) for name in self.plan.nodes},
         }
+
+    def _bytes(self, link: str) -> int:
+        """That arrived over a link at all its ends, over all lives that were heard of."""
+        return sum(counters.get(f"{link}/bytes_in", 0) for counters in (self.ledger.snapshot(), *self.lives.values()))
 
     def _quarantined(self) -> list[str]:
         """Hosts that any node has shut out, for what it had to refuse of them."""

@@ -54,7 +54,8 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class LinkPlan:
-    """One link between groups. `window` counts messages; `max_lag` counts versions, None is no bound."""
+    """One link between groups. `window` counts messages; `max_lag` counts versions and `rate` bytes a second of one
+    sender, None is no bound."""
 
     name: str
     kind: LinkKind
@@ -65,6 +66,7 @@ class LinkPlan:
     max_lag: int | None
     insecure: bool
     codec: Codec = "auto"
+    rate: int | None = None
     relay: bool = False
     precision: Precision = "float32"
 
@@ -330,6 +332,7 @@ def _link(link: LinkPlan) -> dict[str, Any]:
         data |= {"window": link.window, "on_loss": link.on_loss}
         data |= {} if link.max_lag is None else {"max_lag": link.max_lag}
     data |= {} if link.codec == "auto" else {"codec": link.codec}
+    data |= {} if link.rate is None else {"rate": link.rate}
     data |= {"relay": link.relay, "precision": link.precision} if link.name in RELAYED else {}
     return data | {"insecure": link.insecure}
 

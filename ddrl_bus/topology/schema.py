@@ -38,7 +38,7 @@ from ddrl_bus.topology.tree import Node, Problems, came, dotted
 # ── units ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 def expected(what: str) -> PydanticCustomError:
@@ -77,7 +77,7 @@ Size = Annotated[
     int,
     Field(ge=0),
     BeforeValidator(_whole),
-    BeforeValidator(_in_units(_BYTES, "a size such as 64MiB or 2GiB")),
+    BeforeValidator(_in_units(BYTES, "a size such as 64MiB or 2GiB")),
     WithJsonSchema({"type": ["string", "integer"], "pattern": r"^[0-9.]+ ?(B|KiB|MiB|GiB|TiB)$"}),
 ]
 """Bytes; a bare number is bytes too."""
@@ -193,6 +193,8 @@ class LinkSettings(Section):
     codec: Literal["none", "lz4", "delta"] | None = None
     """queue: how large arrays travel, none or lz4; default: compressed where that pays. latest: delta sends to other
     hosts what differs from what they hold; default: none."""
+    rate: Annotated[Size, Field(gt=0)] | None = None
+    """queue: bytes a second that each sender may put on it, however many receivers there are; default: no limit."""
     relay: bool | None = None
     """weights: a host on which several processes subscribe to another host's gets one copy; default: true."""
     precision: Precision | None = None

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ddrl_bus.topology.plan import LinkPlan, NodePlan, Plan
-from ddrl_bus.topology.schema import RELAYED, SYSTEM_PORTS, NodeOptions
+from ddrl_bus.topology.schema import BYTES, RELAYED, SYSTEM_PORTS, NodeOptions
 
 
 def text(plan: Plan) -> str:
@@ -20,7 +20,7 @@ def text(plan: Plan) -> str:
         lines += [f"  {node.name:<16} {node.kind:<11} {_options(plan, node)}".rstrip() for node in plan.on_host(host)]
     lines += ["", "links"]
     for link in plan.links.values():
-        lines.append(f"  {link.name:<16} {_arrow(link)}  {_terms(link)}")
+        lines.append(f"  {link.name:<16} {_arrow(link)}  {terms(link)}")
         binders = plan.members(link.sources if link.binding_side == "out" else link.targets)
         relays = (relay for (_, name), relay in plan.relays.items() if name == link.name)
         for node in (*binders, *relays):
@@ -44,14 +44,22 @@ def _arrow(link: LinkPlan) -> str:
     return f"{', '.join(link.sources)} → {', '.join(link.targets)}"
 
 
-def _terms(link: LinkPlan) -> str:
-    terms: list[str] = [link.kind]
+def terms(link: LinkPlan) -> str:
+    """`queue, window 2, on_loss count, rate 10MiB/s`"""
+    said: list[str] = [link.kind]
     if link.kind == "queue":
-        terms += [f"window {link.window}", f"on_loss {link.on_loss}"]
-        terms += [] if link.max_lag is None else [f"max_lag {link.max_lag}"]
-    terms += [] if link.codec == "auto" else [f"codec {link.codec}"]
-    terms += [link.precision] if link.name in RELAYED else []
-    return ", ".join(terms + (["insecure"] if link.insecure else []))
+        said += [f"window {link.window}", f"on_loss {link.on_loss}"]
+        said += [] if link.max_lag is None else [f"max_lag {link.max_lag}"]
+    said += [] if link.codec == "auto" else [f"codec {link.codec}"]
+    said += [] if link.rate is None else [f"rate {size(link.rate)}/s"]
+    said += [link.precision] if link.name in RELAYED else []
+    return ", ".join(said + (["insecure"] if link.insecure else []))
+
+
+def size(nbytes: float) -> str:
+    """`1.5MiB`, in the largest unit that leaves at least 1."""
+    unit, factor = max(((u, f) for u, f in BYTES.items() if f <= max(nbytes, 1)), key=lambda pair: pair[1])
+    return f"{nbytes / factor:.4g}{unit}"
 
 
 Box = tuple[str, str | None, str]

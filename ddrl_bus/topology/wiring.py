@@ -27,7 +27,7 @@ from ddrl_bus.topology.schema import (
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 QUEUE_WINDOW = 2  # one unroll under way while the receiver reads the other
-QUEUE_ONLY = ("window", "on_loss", "max_lag")
+QUEUE_ONLY = ("window", "on_loss", "max_lag", "rate")
 RELAYED_ONLY = ("relay", "precision")
 CODECS = {"queue": ("none", "lz4"), "latest": ("none", "delta"), "request": ()}
 _UNWRITTEN = LinkSettings.model_validate({})
@@ -112,6 +112,7 @@ class Wiring:
             default.max_lag if settings.max_lag is None else settings.max_lag,
             insecure,
             settings.codec or default.codec or "auto",
+            settings.rate or default.rate,
             rule.relayed and settings.relay is not False,
             settings.precision or (self.acting if rule.relayed else "float32"),
         )

@@ -42,9 +42,14 @@ class Bus:
         self._ends: list[Sender | Receiver | Publisher | Subscriber | Client | Server] = []
 
     def sender(
-        self, link: str, receivers: Mapping[str, str], on_loss: OnLoss = "count", codec: Codec = "auto"
+        self,
+        link: str,
+        receivers: Mapping[str, str],
+        on_loss: OnLoss = "count",
+        codec: Codec = "auto",
+        rate: float | None = None,
     ) -> Sender:
-        return self._opened(Sender(self, self._backend(receivers.values()), link, receivers, on_loss, codec))
+        return self._opened(Sender(self, self._backend(receivers.values()), link, receivers, on_loss, codec, rate))
 
     def receiver(
         self, link: str, binds: Sequence[str], window: int, on_loss: OnLoss = "count", check: Check | None = None

@@ -45,6 +45,11 @@ DRAIN_BYTES: Final = 1 << 20
 """Both bound one turn of the pump; more bytes at once would only make libzmq fault in memory for the next ones. A
 DEALER takes one message a turn: whoever awaits it goes on before the socket is asked for another."""
 
+SLOWEST_MS: Final = 60_000
+"""What one frame may take. Only a whole frame proves to a heartbeat that the peer lives: with a shorter timeout a large
+one is never delivered over a narrow line. A host that is gone shows sooner, for nobody acknowledges the heartbeats'
+packets."""
+
 OPTIONS: Final[dict[int, int]] = {
     zmq.LINGER: 500,  # ms; delivery is by acknowledgement, this only lets a last credit or reply out
     zmq.SNDHWM: 2048,  # messages; credits bound the queue links far below, and a small one drops the newest weights
@@ -52,10 +57,12 @@ OPTIONS: Final[dict[int, int]] = {
     zmq.MAXMSGSIZE: MAX_FRAME,
     zmq.HANDSHAKE_IVL: 5_000,  # ms
     zmq.HEARTBEAT_IVL: 1_000,
-    zmq.HEARTBEAT_TIMEOUT: 5_000,
-    zmq.HEARTBEAT_TTL: 5_000,
+    zmq.HEARTBEAT_TIMEOUT: SLOWEST_MS,
+    zmq.HEARTBEAT_TTL: SLOWEST_MS,
+    zmq.TCP_MAXRT: 5_000,
     zmq.RECONNECT_IVL: 100,
     zmq.RECONNECT_IVL_MAX: 1_000,  # nodes start in any order: this is how late a peer is found at most
+    zmq.CONNECT_TIMEOUT: 2_000,  # the kernel asks a host that is gone ever more seldom: after 30 s, 16 s from now
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 30,  # s
     zmq.TCP_KEEPALIVE_INTVL: 10,
@@ -64,11 +71,14 @@ OPTIONS: Final[dict[int, int]] = {
     zmq.IMMEDIATE: 0,  # what is queued while a connection is down goes out later; its lane says who may take it
 }
 KIND_OPTIONS: Final[dict[SocketKind, dict[int, int]]] = {
-    SocketKind.SUB: {zmq.LINGER: 0},  # it holds but subscriptions, and would wait for a peer that is gone to take them
+    # A SUB holds but subscriptions, and would wait for a peer that is gone to take them. Its frames are small.
+    SocketKind.SUB: {zmq.LINGER: 0, zmq.HEARTBEAT_TIMEOUT: 5_000, zmq.HEARTBEAT_TTL: 5_000},
     SocketKind.DEALER: {zmq.LINGER: 0},  # who closes waits for no answer
     SocketKind.XPUB: {
         zmq.XPUB_VERBOSE: 1,  # see every subscription, also of a topic that is known
-        zmq.MAXMSGSIZE: 1024,  # a topic, each byte of which libzmq keeps as some 40; ours have up to 260, a handshake 400
+        zmq.MAXMSGSIZE: 1024,  # a topic, whose bytes libzmq keeps as some 40 each; ours have up to 260, a handshake 400
+        zmq.HEARTBEAT_TIMEOUT: 5_000,
+        zmq.HEARTBEAT_TTL: 5_000,
     },
     SocketKind.ROUTER: {zmq.ROUTER_MANDATORY: 1},  # an unknown peer is an error, not a silent drop
 }

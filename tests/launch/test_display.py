@@ -65,6 +65,17 @@ def test_replays_show_what_they_hold_and_how_often_it_is_drawn() -> None:
     assert rows["actor-0"] == ["running", *"-------", "50.0%", "2.0%"]
 
 
+def test_links_show_their_terms_and_what_came_over_them() -> None:
+    links = {
+        "trajectories": {"terms": "queue, window 2, rate 10MiB/s", "bytes_in": 3 << 19},
+        "weights": {"terms": "latest", "bytes_in": 0},
+    }
+    rows = {words[0]: words[1:] for line in rendered({"links": links}).splitlines() if (words := line.split())}
+
+    assert rows["trajectories"] == ["1.5MiB", *["queue,", "window", "2,", "rate", "10MiB/s"]]
+    assert rows["weights"] == ["0B", "latest"]
+
+
 def test_gaps_are_dashes() -> None:
     assert "return - (best -)  steps -  -/s" in display.line({})
     assert "return - (best -)" in rendered({"nodes": {"actor-0": {}}})

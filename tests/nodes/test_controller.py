@@ -476,6 +476,17 @@ async def test_metrics_begin_with_the_first_update(on_stage: OnStage) -> None:
         assert np.isfinite(json.loads(metrics.read_text().splitlines()[0])["time"])
 
 
+async def test_status_counts_the_bytes_of_each_link_over_all_lives(on_stage: OnStage) -> None:
+    async with on_stage() as stage:
+        await stage.beat("learner-0", counters={"trajectories/bytes_in": 700})
+        await stage.beat("learner-0", life=2, counters={"trajectories/bytes_in": 30})
+        links = (await stage.status())["links"]
+    assert links["trajectories"]["bytes_in"] == 730
+    assert links["trajectories"]["terms"].startswith("queue, window ")
+    assert links["progress"]["bytes_in"] > 0  # at the controller itself
+    assert links["weights"] == {"terms": "latest", "bytes_in": 0}
+
+
 async def test_status_names_the_hosts_that_any_node_has_shut_out(on_stage: OnStage) -> None:
     async with on_stage() as stage:
         counters = {"security/cpu2/quarantined": 1, "security/cpu1/quarantined": 0, "security/denied": 4}

@@ -289,6 +289,14 @@ def test_a_replay_fills_any_batch(tmp_path: Path) -> None:
     assert load_text(tmp_path, APEX, "algo.batch=4096", "links.trajectories.window=1").algo.batch == 4096
 
 
+@pytest.mark.parametrize(("written", "rate"), [("10MiB", 10 << 20), ("1.5KiB", 1536), ("1000", 1000)])
+def test_a_queue_may_bound_what_each_sender_puts_on_it(tmp_path: Path, written: str, rate: int) -> None:
+    assert load_text(tmp_path, BASE).links["trajectories"].rate is None
+    plan = load_text(tmp_path, BASE, f"links.trajectories.rate={written}")
+    assert plan.links["trajectories"].rate == rate
+    assert f"rate: {rate}" in plan.lock()
+
+
 def test_a_link_may_name_its_codec(tmp_path: Path) -> None:
     assert load_text(tmp_path, BASE).links["trajectories"].codec == "auto"
     assert load_text(tmp_path, BASE, "links.trajectories.codec=lz4").links["trajectories"].codec == "lz4"

@@ -140,8 +140,9 @@ class Net:
         to: tuple[str, ...] = ("learner",),
         on_loss: OnLoss = "count",
         codec: Codec = "auto",
+        rate: float | None = None,
     ) -> Sender:
-        return self.bus(node, epoch).sender("data", {name: self.address(name) for name in to}, on_loss, codec)
+        return self.bus(node, epoch).sender("data", {name: self.address(name) for name in to}, on_loss, codec, rate)
 
     def publisher(self, epoch: int = 1, codec: Codec = "auto") -> Publisher:
         return self.bus("publisher", epoch).publisher("weights", [self.address("publisher")], codec)

@@ -957,7 +957,7 @@ class ClientLife(Life):
         self.replies += 1
         self.poll()  # as a shell does: time is looked at before what arrived
         late = self.core.late
-        if not self.core.answered(number):
+        if not self.core.answered(number, self.world.now):
             world.require(self.core.late == late + 1, self, "dropped a reply uncounted")
             return
         self.delivered += 1

@@ -15,6 +15,7 @@ from ddrl_bus.errors import AddressInUseError, FencedError, LinkClosedError, Rem
 from ddrl_bus.transport import shared
 from ddrl_bus.transport.links import Client, Receiver, Request, Server, Subscriber
 from ddrl_bus.transport.sessions import latest, queue, request
+from ddrl_bus.transport.sessions.rate import BURST_S
 from ddrl_bus.transport.shared import kept
 from ddrl_bus.transport.wire import Arena, Codec, Layout, Message
 
@@ -83,6 +84,36 @@ async def test_codecs_keep_every_byte_and_the_ledger_shows_what_they_save(
         assert sent < raw
     else:
         assert sent == raw
+
+
+@SIZES
+async def test_a_rate_bounds_what_leaves_and_loses_nothing(net: Net, layout: Layout) -> None:
+    rate, messages = 60 * layout.size, 24
+    receiver, sender = net.receiver(window=8), net.sender(rate=rate)
+    net.spawn(_read_all(receiver, taken := []))
+    await until(lambda: sender.connected)
+    began = monotonic()
+    await send(sender, range(messages), layout)
+    sent = net.count("actor", "data", "bytes_out")
+    assert monotonic() - began >= (1 - 1 / messages) * sent / rate - BURST_S
+    await until(lambda: len(taken) == messages)
+    assert taken == [*range(messages)]
+    await net.settled(sender)
+
+
+async def test_above_its_rate_a_sender_waits_as_without_credit(net: Net) -> None:
+    receiver, sender = net.receiver(window=8), net.sender(rate=1)
+    await until(lambda: sender.connected)
+    assert fill(sender) == 1  # it owes for minutes
+    assert sender.credit == 7
+    blocked = net.spawn(send(sender, range(1, 2)))
+    await turns(5)
+    assert not blocked.done()
+    assert await take(receiver, 1) == [0]
+    await net.settled(sender)
+    net.kill("actor")
+    with pytest.raises(LinkClosedError):
+        await blocked
 
 
 async def test_each_sender_has_a_window_of_its_own(net: Net) -> None:

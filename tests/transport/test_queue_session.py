@@ -151,6 +151,43 @@ def test_resend_what_is_not_received() -> None:
     assert not lane.kept
 
 
+def resent(core: QueueSender[str], *moments: float) -> list[float]:
+    """When anything is sent again, the receiver being heard all the time."""
+    found = []
+    for now in moments:
+        core.lanes["learner-0"].heard = now
+        if any(isinstance(action, Resend) for action in core.poll(now)):
+            found.append(now)
+    return found
+
+
+def test_what_takes_long_is_sent_again_ever_more_seldom() -> None:
+    """On a narrow line it is under way, and what is sent again would only hold it up."""
+    core = sender("resend")
+    send(core, "a", "b")
+    halves = [n / 2 for n in range(1, 32)]
+    assert resent(core, *halves) == [0.5, 1.5, 3.5, 7.5, 15.5]
+    core.credit(credit(received=1), 15.6)
+    assert resent(core, 20.0, 25.5, 25.6) == [25.6]  # the last one took longer than that
+
+
+def test_what_was_settled_soon_is_sent_again_soon() -> None:
+    core = sender("resend")
+    send(core, "a", "b", now=1.0)
+    core.credit(credit(received=1), 1.1)
+    assert resent(core, 1.5, 1.6) == [1.6]
+
+
+@pytest.mark.parametrize("on_loss", ["count", "resend"])
+def test_a_receiver_that_is_not_heard_is_sent_nothing(on_loss: OnLoss) -> None:
+    core = sender(on_loss)
+    send(core, "a")
+    assert list(core.poll(PROBE_S))
+    assert [*core.poll(SILENT_S), *core.poll(99.0)] == []
+    core.credit(credit(), 100.0)
+    assert len(list(core.poll(100.0))) == 1
+
+
 @pytest.mark.parametrize(("on_loss", "redo"), [("count", ()), ("resend", ("b", "c"))])
 def test_new_life_of_the_receiver_opens_a_new_lane(on_loss: OnLoss, redo: tuple[str, ...]) -> None:
     core = sender(on_loss)

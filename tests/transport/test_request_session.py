@@ -27,9 +27,9 @@ def test_numbers_grow_and_are_never_used_again() -> None:
 def test_an_answer_ends_a_request_once() -> None:
     core = client(5.0, 5.0)
     assert core.open_requests == (1, 2)
-    assert core.answered(1)
-    assert not core.answered(1)  # a duplicate
-    assert not core.answered(99)  # unsolicited
+    assert core.answered(1, 0.0)
+    assert not core.answered(1, 0.0)  # a duplicate
+    assert not core.answered(99, 0.0)  # unsolicited
     assert core.late == 2
     assert core.open_requests == (2,)
 
@@ -39,7 +39,7 @@ def test_the_deadline_ends_it_otherwise() -> None:
     assert core.poll(0.49) == Due((), ())
     assert core.poll(0.5) == Due((), (1,))
     assert core.poll(0.6) == Due((), ())
-    assert not core.answered(1)
+    assert not core.answered(1, 0.0)
     assert core.late == 1
 
 
@@ -50,12 +50,45 @@ def test_unanswered_requests_are_repeated_until_the_deadline() -> None:
     assert [due.expired for due in said] == [(), (), (), (), (1,), ()]
 
 
+def repeated(core: RequestClient[str], until: float, tick: float = 0.5) -> list[float]:
+    """When anything is sent again."""
+    times = [n * tick for n in range(1, int(until / tick) + 1)]
+    return [now for now in times if core.poll(now).again]
+
+
+def test_repetitions_are_ever_rarer() -> None:
+    assert repeated(client(99.0), 40.0) == [1.0, 2.0, 4.0, 8.0, 16.0, 26.0, 36.0]
+
+
+def test_where_answers_take_long_the_next_one_is_waited_for() -> None:
+    core = client(99.0)
+    assert core.answered(core.next_id() - 1, 3.0)
+    core.open(3, "request 3", 4.0, 99.0)
+    assert repeated(core, 20.0) == [10.0, 16.0]
+    assert core.answered(3, 20.0)
+    core.open(4, "request 4", 20.0, 8.0)  # it is repeated before its deadline in any case
+    assert [now for now in (21.5, 22.0, 23.5, 24.0) if core.poll(now).again] == [22.0, 24.0]
+    assert core.answered(4, 24.1)
+    core.open(5, "request 5", 30.0, 99.0)
+    assert core.answered(5, 30.1)
+    core.open(6, "request 6", 31.0, 99.0)
+    assert [now for now in (31.9, 32.0) if core.poll(now).again] == [32.0]
+
+
+def test_what_others_overtook_is_lost_and_repeated_soon() -> None:
+    core = client(99.0, 99.0)
+    assert repeated(core, 16.0) == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert core.answered(2, 17.0)
+    assert core.poll(17.5).again == ()
+    assert core.poll(18.0).again == ("request 1",)
+
+
 def test_the_abandoned_is_neither_repeated_nor_expired() -> None:
     core = client(1.0)
     core.abandon(1)
     core.abandon(1)
     assert core.poll(9.0) == Due((), ())
-    assert not core.answered(1)
+    assert not core.answered(1, 0.0)
 
 
 def test_each_number_runs_once_and_its_answer_is_kept() -> None:
@@ -114,11 +147,11 @@ def test_an_answer_to_nobody_is_dropped() -> None:
 def test_a_client_names_the_oldest_request_that_it_waits_for() -> None:
     core = client(5.0, 5.0, 5.0)
     assert core.oldest == 1
-    core.answered(2)
+    core.answered(2, 0.0)
     assert core.oldest == 1
     core.abandon(1)
     assert core.oldest == 3
-    core.answered(3)
+    core.answered(3, 0.0)
     assert core.oldest == 3  # nothing is waited for
     assert core.next_id() == core.oldest == 4
 

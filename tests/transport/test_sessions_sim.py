@@ -321,8 +321,8 @@ class NeverRuns(RequestServer[Any]):
 
 
 class TakesLateAnswers(RequestClient[int]):
-    def answered(self, request: int) -> bool:
-        super().answered(request)
+    def answered(self, request: int, now: float) -> bool:
+        super().answered(request, now)
         return True
 
 

@@ -32,6 +32,7 @@ from ddrl_bus.transport.sessions.queue import (
     QueueSender,
     Resend,
 )
+from ddrl_bus.transport.sessions.rate import TokenBucket
 from ddrl_bus.transport.wire import Arena, Buffer, Codec, Message
 
 PROBE_KIND: Final = "_probe"
@@ -55,6 +56,7 @@ class Sender(End):
         receivers: node name → data address.
         on_loss: `count` what a broken connection took, or `resend` it.
         codec: how arenas travel; `auto` compresses images and flags unless they stay in this process.
+        rate: bytes a second that may leave, to all receivers together; above it a message waits as for credit.
     """
 
     def __init__(
@@ -65,14 +67,18 @@ class Sender(End):
         receivers: Mapping[str, str],
         on_loss: OnLoss = "count",
         codec: Codec = "auto",
+        rate: float | None = None,
     ) -> None:
         super().__init__(host, link)
+        self._bucket = TokenBucket(rate, self._loop.time())
+        self._throttle: asyncio.TimerHandle | None = None
         self._core: QueueSender[_Draft] = QueueSender(self._node, self._epoch, on_loss)
         self._redo: deque[_Draft] = deque()
         local = all(scheme(address) == "memory" for address in receivers.values())
         self._codec: Codec = "none" if codec == "auto" and local else codec
         self._bytes, self._raw_bytes = self._counter("bytes_out"), self._counter("bytes_raw_out")
         self._encode_ns, self._wait_ns = self._counter("encode_ns"), self._counter("send_wait_ns")
+        self._throttled_ns = self._counter("throttled_ns")
         self._data: dict[str, Socket] = {}
         self._produced: dict[tuple[str, int], Counter] = {}
         hello = topic(b"Q", self._node, self._epoch)
@@ -83,7 +89,7 @@ class Sender(End):
             credits.subscribe(hello)
 
     async def send(self, arena: Arena, fields: Mapping[str, Any]) -> None:
-        """Hand one message over, waiting for credit. Nobody may write to `arena` any more.
+        """Hand one message over, waiting for credit and the rate. Nobody may write to `arena` any more.
 
         Cancelled while it waits, nothing was sent.
 
@@ -100,10 +106,26 @@ class Sender(End):
                 return
 
     def try_send(self, arena: Arena, fields: Mapping[str, Any]) -> bool:
-        """Send now if a receiver has credit; say whether it went out."""
+        """Send now if a receiver has credit and the rate allows it; say whether it went out."""
         self._ensure_open()
-        lane = self._core.ready(self._loop.time()) if not self._redo else None
+        lane = self._ready() if not self._redo else None
         return lane is not None and self._send_on(lane, arena, fields)
+
+    def _ready(self) -> Lane[_Draft] | None:
+        """Where a message may go now. Where only the rate says no, whoever waits is woken as soon as it says yes."""
+        now = self._loop.time()
+        lane = self._core.ready(now)
+        if lane is None or (wait_s := self._bucket.wait_s(now)) <= 0:
+            return lane
+        if self._throttle is None:
+            self._throttle = self._loop.call_later(wait_s, self._go_on, now)
+        return None
+
+    def _go_on(self, since: float) -> None:
+        self._throttle = None
+        self._throttled_ns.add(round((self._loop.time() - since) * 1e9))
+        self._send_again()
+        self._signal.notify()
 
     def _send_on(self, lane: Lane[_Draft], arena: Arena, fields: Mapping[str, Any]) -> bool:
         began = perf_counter_ns()
@@ -117,8 +139,9 @@ class Sender(End):
             produced.add(-1)
             socket.when_writable(self._signal.notify)
             return False
-        draft = _Draft(arena, fields, frame) if self._core.on_loss == "resend" else None
-        self._core.sent(lane, draft, self._loop.time())
+        draft, now = _Draft(arena, fields, frame) if self._core.on_loss == "resend" else None, self._loop.time()
+        self._core.sent(lane, draft, now)
+        self._bucket.spend(len(frame), now)
         self._bytes.add(len(frame))
         self._raw_bytes.add(arena.raw_size)
         return True
@@ -144,11 +167,15 @@ class Sender(End):
         if reopened is not None:
             # Into fresh bytes: ZeroMQ may still be reading the old ones.
             self._redo.extend(_Draft(d.arena.extended({}), d.fields, d.frame) for d in reopened.redo)
-        while self._redo and (lane := self._core.ready(self._loop.time())) is not None:
+        self._send_again()
+        self._signal.notify()
+
+    def _send_again(self) -> None:
+        """What a dead life of a receiver had not settled."""
+        while self._redo and (lane := self._ready()) is not None:
             if not self._send_on(lane, self._redo[0].arena, self._redo[0].fields):
                 return
             self._redo.popleft()
-        self._signal.notify()
 
     def _poll(self, now: float) -> None:
         for action in self._core.poll(now):
@@ -156,8 +183,10 @@ class Sender(End):
                 case Probe(lane, sent):
                     self._probe(lane, sent)
                 case Resend(lane, _, draft):
-                    self._data[lane.receiver].send(draft.frame)
-                    self._counter("resent").add()
+                    if self._bucket.wait_s(now) <= 0:  # else in a later turn
+                        self._data[lane.receiver].send(draft.frame)
+                        self._bucket.spend(len(draft.frame), now)
+                        self._counter("resent").add()
 
     def _probe(self, lane: Lane[Any], sent: int) -> None:
         probe = wire.encode(PROBE_KIND, self._node, self._epoch, 0, {"sent": sent}, lane=lane.epoch)
@@ -172,6 +201,11 @@ class Sender(End):
     def connected(self) -> bool:
         """Whether any receiver has been heard."""
         return bool(self._core.lanes)
+
+    def close(self) -> None:
+        super().close()
+        if self._throttle is not None:
+            self._throttle.cancel()
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until every message sent is acknowledged; False if `timeout_s` ran out first.

@@ -86,7 +86,7 @@ class Client(End):
                 self._fail(VersionError(f"{self._address}: {error}; install the same ddrl_bus on both hosts"))
             return
         future = self._waiting.pop(message.seq, None)
-        if not self._core.answered(message.seq) or future is None or future.done():
+        if not self._core.answered(message.seq, self._loop.time()) or future is None or future.done():
             self._counter("late").add()
         elif message.kind == ERROR_KIND:
             refusal = FencedError if message.fields.get("fenced") is True else RemoteError

@@ -31,7 +31,10 @@ SILENT_S: Final = 3.0
 GRACE_S: Final = 1.0
 """How long a gap may be filled by a late connection before it counts as lost."""
 PROBE_S: Final = 0.5
-"""A sender without progress for this long asks what arrived."""
+"""A sender without progress for this long asks what arrived; under `resend` it sends it all again."""
+MAX_RESEND_S: Final = 10.0
+"""Where messages take long to be settled, it waits for twice as long as the last one took, and then for twice as long
+each time, at most for this: on a narrow line what is sent again only holds up what is already on its way."""
 
 
 class Credit(NamedTuple):
@@ -58,7 +61,9 @@ class Lane(Generic[F]):
     freed: int = 0
     heard: float = 0.0
     progressed: float = 0.0
-    kept: deque[tuple[int, F]] = field(default_factory=deque)
+    patience: float = PROBE_S
+    kept: deque[tuple[int, F, float]] = field(default_factory=deque)
+    """Number, frame, and when it went out first."""
 
     @property
     def credit(self) -> int:
@@ -122,7 +127,7 @@ class QueueSender(Generic[F]):
             lane.progressed = now
         lane.sent += 1
         if frame is not None and self.on_loss == "resend":
-            lane.kept.append((lane.sent, frame))
+            lane.kept.append((lane.sent, frame, now))
 
     def credit(self, credit: Credit, now: float) -> Reopened[F] | None:
         """Take a credit in. Ignores other senders' credits, other lives of ours, and older lives of the receiver."""
@@ -134,7 +139,7 @@ class QueueSender(Generic[F]):
             old, lane = lane, Lane(credit.receiver, credit.epoch, progressed=now)
             self.lanes[credit.receiver] = lane
             if old is not None:
-                reopened = Reopened(lane, old, tuple(frame for _, frame in old.kept))
+                reopened = Reopened(lane, old, tuple(frame for _, frame, _ in old.kept))
         elif credit.epoch < lane.epoch:
             return None
         if credit.received > lane.sent:  # not a number that we ever sent
@@ -144,17 +149,19 @@ class QueueSender(Generic[F]):
         if credit.received > lane.received:
             lane.received, lane.progressed = credit.received, now
             while lane.kept and lane.kept[0][0] <= lane.received:
-                lane.kept.popleft()
+                _, _, since = lane.kept.popleft()
+                lane.patience = min(max(PROBE_S, 2 * (now - since)), MAX_RESEND_S)
         return reopened
 
     def poll(self, now: float) -> Iterator[Probe | Resend[F]]:
-        """What to do about lanes without progress."""
+        """What to do about lanes without progress, as long as their receivers are heard."""
         for lane in self.lanes.values():
-            if lane.settled or now - lane.progressed < PROBE_S:
+            if lane.settled or now - lane.progressed < lane.patience or now - lane.heard >= SILENT_S:
                 continue
             lane.progressed = now
             if self.on_loss == "resend":
-                for seq, frame in lane.kept:
+                lane.patience = min(2 * lane.patience, MAX_RESEND_S)
+                for seq, frame, _ in lane.kept:
                     yield Resend(lane, seq, frame)
             else:
                 yield Probe(lane, lane.sent)  # type: ignore[arg-type]

@@ -15,7 +15,11 @@ from typing import Final, Generic, Literal, TypeVar
 F = TypeVar("F")
 
 REPEAT_S: Final = 1.0
-"""A request unanswered for this long is sent again."""
+"""A request unanswered for this long is sent again, and each time that it has taken twice as long; while later ones are
+answered, each time that this has passed. Where answers take long the first repetition waits for twice as long as the
+last one took: each makes the server answer anew, and on a narrow line the next one would wait behind all of those."""
+MAX_REPEAT_S: Final = 10.0
+"""Between two repetitions at most."""
 CACHE: Final = 64
 """Answers kept per client for repetitions, however many it still waits for."""
 MAX_CLIENTS: Final = 4096
@@ -26,7 +30,10 @@ MAX_CLIENTS: Final = 4096
 class Pending(Generic[F]):
     frame: F
     deadline: float
+    opened: float
     repeat_at: float
+    wait_s: float
+    """Between the next two repetitions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,7 @@ class Due(Generic[F]):
 class RequestClient(Generic[F]):
     def __init__(self) -> None:
         self.late = 0
+        self._patience = 0.0
         self._pending: dict[int, Pending[F]] = {}
         self._last = 0
 
@@ -53,13 +61,21 @@ class RequestClient(Generic[F]):
         return next(iter(self._pending), self._last)
 
     def open(self, request: int, frame: F, now: float, timeout_s: float) -> None:
-        self._pending[request] = Pending(frame, now + timeout_s, now + REPEAT_S)
+        wait_s = max(REPEAT_S, min(self._patience, timeout_s / 4))
+        self._pending[request] = Pending(frame, now + timeout_s, now, now + wait_s, wait_s)
 
-    def answered(self, request: int) -> bool:
+    def answered(self, request: int, now: float) -> bool:
         """Whether this answer is awaited; late, duplicate and unsolicited ones are counted and are not."""
-        if self._pending.pop(request, None) is None:
+        pending = self._pending.pop(request, None)
+        if pending is None:
             self.late += 1
             return False
+        self._patience = min(2 * (now - pending.opened), MAX_REPEAT_S)
+        for earlier, overtaken in self._pending.items():
+            if earlier > request:
+                break
+            overtaken.wait_s = REPEAT_S
+            overtaken.repeat_at = min(overtaken.repeat_at, now + REPEAT_S)
         return True
 
     def abandon(self, request: int) -> None:
@@ -73,7 +89,8 @@ class RequestClient(Generic[F]):
         again = []
         for pending in self._pending.values():
             if now >= pending.repeat_at:
-                pending.repeat_at = now + REPEAT_S
+                pending.repeat_at = now + pending.wait_s
+                pending.wait_s = min(2 * pending.wait_s, MAX_REPEAT_S)
                 again.append(pending.frame)
         return Due(tuple(again), expired)
 

@@ -1,0 +1,278 @@
+"""What a bad network costs a run, and how soon it is over: `ddrl bench faults`.
+
+A real run for each fault: two-hosts.yaml with one actor beside the learner and one on the other host. Partitions, loss
+and a narrow cable are those of two network namespaces (`cable.py`); delay, silence and resets are those of a proxy
+(`proxy.py`) between two shares on this machine. What is counted is read from ledgers: nobody needs to answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ddrl_bus.bench.cable import ADDRESSES, MISSING, Cable, plugged_in
+from ddrl_bus.bench.proxy import Proxy, proxy
+from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
+from ddrl_bus.launch import remote
+from ddrl_bus.nodes.controller import DEAD_S
+from ddrl_bus.transport import ledger
+
+NEAR, BETWEEN, FAR = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+PORT, PORTS = 27_077, 6
+WORDS: Final = (
+    *("two-hosts", "run_id=faults", "insecure=true", "stop.reward=null", "stop.steps=null"),
+    *("algo.hidden=[16]", "algo.batch=8", "nodes.evaluator.count=0"),
+    *("nodes.actor.count=2", "nodes.actor.host=[gpu0, cpu1]", "nodes.actor.envs=8"),
+)
+QUIET_S = 5.0
+"""Before the fault, to know how fast it goes without."""
+POLL_S, ASK_S = 5e-3, 0.1
+PATIENCE_S: Final = 120.0
+"""Against hangs only."""
+
+Do = Callable[[Callable[[Proxy], object]], object]
+"""Calls something with the proxy, in its event loop."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    lasts_s: float
+    cable: Callable[[Cable], AbstractContextManager[None]] | None = None
+    proxy: Callable[[Do], AbstractContextManager[None]] | None = None
+    leaky: bool = False
+    """It lets something through."""
+
+
+@contextmanager
+def _half_open(do: Do) -> Iterator[None]:
+    do(lambda line: line.mute(True))
+    yield
+    do(lambda line: line.mute(False))
+
+
+@contextmanager
+def _reset(do: Do) -> Iterator[None]:
+    do(Proxy.cut)
+    yield
+
+
+@contextmanager
+def _late(do: Do) -> Iterator[None]:
+    do(lambda line: setattr(line, "delay_s", 0.2))
+    yield
+    do(lambda line: setattr(line, "delay_s", 0.0))
+
+
+def faults(partition_s: Sequence[float], others_s: float = 10.0) -> list[Fault]:
+    """Each of its length; those that are none of a partition last `others_s`."""
+    return [
+        *(Fault("partition", seconds, Cable.silent) for seconds in partition_s),
+        Fault("cable pulled", others_s, Cable.unplugged),
+        Fault("half-open", others_s, proxy=_half_open),
+        Fault("reset", 0.0, proxy=_reset),
+        Fault("200 ms each way", others_s, proxy=_late, leaky=True),
+        Fault("5 % packet loss", others_s, lambda cable: cable.lossy(5), leaky=True),
+        Fault("1 MiB/s each way", others_s, lambda cable: cable.narrow(1 << 20), leaky=True),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    fault: str
+    lasts_s: float
+    noticed_s: float | None
+    """after its beginning the controller takes the far actor for dead; None: never"""
+    goes_on_s: float
+    """after its end the learner takes an unroll of the far actor; of a leaky one: longest time without one meanwhile"""
+    near: float | None
+    """unrolls of the near actor that were taken meanwhile, as a share of before; None if it was over at once"""
+    far: float | None
+    """the same of the far one"""
+    produced: int
+    lost: int
+    """by both, from start to end of the run"""
+    closed: bool
+    """the ledger adds up"""
+
+
+def measure(chosen: Sequence[Fault]) -> Iterator[Row]:
+    """A row for each fault, in a run of its own.
+
+    Raises:
+        UsageError: this machine cannot make namespaces.
+    """
+    if MISSING and any(fault.cable for fault in chosen):
+        raise UsageError(f"bench faults: {MISSING}")
+    for fault in chosen:
+        with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder, _ground(fault, Path(folder)) as (run, inject):
+            yield _row(fault, run, inject)
+
+
+def _row(fault: Fault, run: Run, inject: AbstractContextManager[None]) -> Row:
+    run.wait(lambda: run.taken(1) > 20, "unrolls of the far actor")
+    before = run.watch(QUIET_S)
+    with inject:
+        meanwhile = run.watch(fault.lasts_s)
+    after = run.watch(PATIENCE_S, until_far=True)
+    run.watch(QUIET_S)
+    balance = run.end()
+    near, far = (m / b if fault.lasts_s and b else None for m, b in zip(meanwhile.rates, before.rates, strict=True))
+    return Row(
+        fault.name,
+        fault.lasts_s,
+        meanwhile.noticed_s,
+        meanwhile.pause_s if fault.leaky else after.pause_s,
+        near,
+        far,
+        balance.produced,
+        balance.lost,
+        balance.closed and balance.produced == balance.accepted + balance.refused + balance.lost,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    rates: list[float]
+    """Unrolls a second of either actor that the learner took."""
+    pause_s: float
+    """Longest time without one of the far actor."""
+    noticed_s: float | None
+    """After which it was taken for dead."""
+
+
+class Run:
+    """Both hosts' shares of one run; the near one is told the first address of the head, the far one the second."""
+
+    def __init__(self, folder: Path, prefixes: Sequence[Sequence[str]], heads: Sequence[str], far: str) -> None:
+        self._folder = folder
+        self._shares = []
+        for host, prefix, head in zip(ADDRESSES, prefixes, heads, strict=True):
+            own = folder / host
+            own.mkdir()
+            environ = os.environ | {"GPU0": head, "CPU1": far, "TMPDIR": str(own)}
+            code = "from ddrl_bus.cli import ddrl_node; ddrl_node()"
+            argv = [*prefix, sys.executable, "-c", code, "-t", *WORDS, "--host", host, "--run-dir", str(own / "run")]
+            with (own / "said").open("w") as said:
+                self._shares.append(subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, stderr=said))
+
+    def taken(self, actor: int) -> int:
+        """Unrolls of an actor that the learner took."""
+        pages = [ledger.read(page) for page in self._pages("gpu0", "learner-0@*.page")]
+        lane = f"/actor-{actor}@"
+        return sum(n for page in pages for name, n in page.items() if lane in name and name.endswith("/taken"))
+
+    def _pages(self, host: str, pattern: str) -> Iterator[Path]:
+        return (self._folder / host / "run" / "ledger").glob(pattern)
+
+    def watch(self, seconds: float, until_far: bool = False) -> Seen:
+        """What happens in that time, or until an unroll of the far actor is taken."""
+        began, starts = time.monotonic(), [self.taken(0), self.taken(1)]
+        passed = asked = came = pause = 0.0
+        far, noticed = starts[1], None
+        while passed < seconds and not (until_far and far > starts[1]):
+            time.sleep(POLL_S)
+            passed, taken = time.monotonic() - began, self.taken(1)
+            pause = max(pause, passed - came)
+            if taken > far:
+                far, came = taken, passed
+            if noticed is None and passed - asked > ASK_S:
+                asked = passed
+                noticed = passed if self._silent_s() >= DEAD_S else None
+        return Seen([(self.taken(n) - starts[n]) / passed if passed else 0.0 for n in (0, 1)], pause, noticed)
+
+    def _silent_s(self) -> float:
+        with suppress(UnreachableError, RemoteError):
+            status = asyncio.run(remote.status_of(self._folder / "gpu0" / "run"))
+            return float(status["nodes"]["actor-1"].get("silent_s", 0.0))
+        return 0.0
+
+    def wait(self, holds: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not holds():
+            if time.monotonic() > deadline or any(share.poll() is not None for share in self._shares):
+                said = [(self._folder / host / "said").read_text() for host in ADDRESSES]
+                raise RuntimeError("\n".join([f"no {what}", *said]))
+            time.sleep(POLL_S)
+
+    def end(self) -> ledger.Balance:
+        """Have it drained; the books of both hosts."""
+        self._shares[0].send_signal(signal.SIGTERM)
+        for share in self._shares:
+            share.wait(PATIENCE_S)
+        pages = [ledger.read(page) for host in ADDRESSES for page in self._pages(host, "*.page")]
+        return ledger.audit(pages)["trajectories"]
+
+    def close(self) -> None:
+        """A supervisor that is terminated takes its nodes along."""
+        for share in self._shares:
+            share.terminate()
+        for share in self._shares:
+            share.wait(PATIENCE_S)
+
+
+@contextmanager
+def _ground(fault: Fault, folder: Path) -> Iterator[tuple[Run, AbstractContextManager[None]]]:
+    with ExitStack() as undo:
+        if fault.cable is not None:
+            cable = undo.enter_context(plugged_in())
+            head = ADDRESSES["gpu0"]
+            run = Run(folder, [cable.on(host) for host in ADDRESSES], [head, head], ADDRESSES["cpu1"])
+            inject = fault.cable(cable)
+        else:
+            assert fault.proxy is not None
+            do = undo.enter_context(between(NEAR, BETWEEN, range(PORT, PORT + PORTS)))
+            run = Run(folder, [(), ()], [f"{NEAR}:{PORT}", f"{BETWEEN}:{PORT}"], FAR)
+            inject = fault.proxy(do)
+        undo.callback(run.close)
+        yield run, inject
+
+
+@contextmanager
+def between(near: str, far: str, ports: Sequence[int]) -> Iterator[Do]:
+    """A proxy in a thread of its own that listens at `far` and dials `near`."""
+    loop, over, lines = asyncio.new_event_loop(), asyncio.Event(), []
+    ready = threading.Event()
+
+    async def serve() -> None:
+        try:
+            async with proxy({(far, port): (near, port) for port in ports}) as line:
+                lines.append(line)
+                ready.set()
+                await over.wait()
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    ready.wait()
+    try:
+        yield lambda what: loop.call_soon_threadsafe(what, lines[0])
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+        loop.close()
+
+
+def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
+    """A table, a line at a time as the figures come."""
+    head = f"{'fault':<18}{'lasts s':>8}{'noticed s':>11}{'goes on s':>11}{'near':>7}{'far':>7}"
+    yield f"{head}{'produced':>10}{'lost':>6}  ledger"
+    for row in rows:
+        noticed = "-" if row.noticed_s is None else f"{row.noticed_s:.1f}"
+        near, far = ("-" if share is None else f"{share:.0%}" for share in (row.near, row.far))
+        yield (
+            f"{row.fault:<18}{row.lasts_s:>8.0f}{noticed:>11}{row.goes_on_s:>11.2f}{near:>7}{far:>7}"
+            f"{row.produced:>10}{row.lost:>6}  {'closed' if row.closed else 'OPEN'}"
+        )
