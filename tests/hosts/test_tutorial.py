@@ -90,6 +90,7 @@ def test_the_page_does_what_it_says(terminals: Terminals) -> None:
         "actor-0",
         "actor-1",
         "evaluator-0",
+        "relay-0",
     }
     for host in ("gpu0", "cpu1"):
         assert "env steps" in terminals.screen(host)  # `ddrl status`
