@@ -464,6 +464,25 @@ def faults(partitions: list[int], seconds: int, as_json: bool) -> None:
     _print_rows(measure(faults(partitions, seconds)), rows_as_text, as_json)
 
 
+@bench.command()
+@click.option("--subscribers", type=click.IntRange(1, 64), default=16, show_default=True)
+@click.option("--size", type=click.IntRange(min=4096), default=6_700_000, show_default=True, help="Bytes of a value.")
+@click.option("--mbit", type=click.FloatRange(min=0.1), help="Between two hosts over a cable of so much; needs root.")
+@click.option("--rounds", type=click.IntRange(min=2), default=50, show_default=True)
+@as_json
+@debug
+def weights(subscribers: int, size: int, mbit: float | None, rounds: int, as_json: bool) -> None:
+    """How soon many processes hold the newest weights, over bare PUB/SUB.
+
+    On one host they read them where they lie. With --mbit one process on another host gets half-precision weights,
+    whole and as differences.
+    """
+    from ddrl_bus.bench.weights import measure, measure_between_hosts, rows_as_text
+
+    rows = measure(subscribers, size, rounds) if mbit is None else measure_between_hosts(mbit, size, min(rounds, 10))
+    _print_rows(rows, rows_as_text, as_json)
+
+
 def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:
     if as_json:
         import dataclasses

@@ -11,6 +11,8 @@ import pytest
 from runs import FOREVER, Run, assert_closed, eventually, running
 
 from ddrl_bus import checkpoint
+from ddrl_bus.launch.catalog import load_lock
+from ddrl_bus.transport import shared
 
 UNTRAINED = 40.0
 """CartPole's mean return of untrained weights is below it."""
@@ -65,7 +67,8 @@ def test_a_killed_actor_comes_back_and_the_run_is_solved(folder: Path) -> None:
 
 
 def test_a_killed_learner_goes_on_from_its_checkpoint(folder: Path) -> None:
-    with running(folder, *FOREVER, "checkpoint.every=300ms") as run:
+    """Its weights are large enough to be shared: what the first life left in memory is of no use to anybody."""
+    with running(folder, *FOREVER, "checkpoint.every=300ms", "algo.hidden=[144, 144]") as run:
         run.until(lambda: best_return(run) > 3 * UNTRAINED, "learning")
         run.kill("learner-0")
         saved = checkpoint.newest(folder / "checkpoints")
@@ -95,6 +98,10 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(folder: Path) -> None:
         assert final is not None
         assert final.step > saved.step
         assert final.values["updates"] > saved.values["updates"]
+        read = run.counters("actor-0")
+        assert read["weights/value_bytes_in"] > 1 << 20
+        assert read["weights/bytes_in"] == 0
+        assert not list(shared.MEMORY.glob(f"{shared._owner(load_lock(folder).ipc_dir)}*"))
 
 
 def test_training_survives_the_controller(folder: Path) -> None:
