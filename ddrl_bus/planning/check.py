@@ -11,14 +11,17 @@ With --predict nothing is run, and with --measure nothing is predicted: the runs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import psutil
 
 from ddrl_bus.bench import history
 from ddrl_bus.errors import DdrlError, UsageError
@@ -134,21 +137,49 @@ def run(topology: str, actors: int, rate: float) -> Figures:
     """One run of about `SECONDS` at the predicted rate, as `measured`, or its `problem`."""
     steps = max(1000, round(rate * SECONDS))
     command = [sys.executable, "-m", "ddrl_bus.cli", "run", topology, *words(topology, actors), f"stop.steps={steps}"]
-    before = os.getloadavg()[0]
+    with subprocess.Popen(
+        [*command, "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        company = Company(running.pid)
+        company.start()
+        try:
+            said, words_ = running.communicate(timeout=PATIENCE_S)
+            return measured(Path(json.loads(said)["run_dir"])) | {"others": company.mean()}
+        except subprocess.TimeoutExpired:
+            running.terminate()
+            return {"problem": f"no end within {PATIENCE_S:.0f} s"}
+        except (ValueError, UsageError):
+            return {"problem": (words_.strip().splitlines() or ["said nothing"])[-1]}
+        finally:
+            company.over.set()
+
+
+class Company(threading.Thread):
+    """Counts the threads of other programs that run or wait for a core, now and then, while a process lives."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._process = psutil.Process(pid)
+        self._counts: list[int] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.2):
+            with contextlib.suppress(psutil.Error, OSError):
+                tree = [self._process, *self._process.children(recursive=True)]
+                mine = sum(_runs(task) for process in tree for task in Path(f"/proc/{process.pid}/task").iterdir())
+                (line,) = (line for line in Path("/proc/stat").read_text().splitlines() if "procs_running" in line)
+                self._counts.append(max(0, int(line.split()[1]) - mine - 1))  # but for this one
+
+    def mean(self) -> float:
+        return round(sum(self._counts) / max(1, len(self._counts)), 1)
+
+
+def _runs(task: Path) -> bool:
     try:
-        ended = subprocess.run(
-            [*command, "--json"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-        return measured(Path(json.loads(ended.stdout)["run_dir"])) | {"load": round(before, 1)}
-    except subprocess.TimeoutExpired:
-        return {"problem": f"no end within {PATIENCE_S:.0f} s"}
-    except (ValueError, UsageError):
-        return {"problem": (ended.stderr.strip().splitlines() or ["said nothing"])[-1]}
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+    except OSError:
+        return False
 
 
 def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
@@ -171,6 +202,10 @@ def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
     for n in ACTORS:
         prediction = record["predicted"][str(n)]
         found = run(topology, n, prediction["env_steps_per_s"])
+        if "others" in found:
+            plan = case_plan(topology, n)
+            alongside = predict(plan, costs.of(case_plan(topology, 2)), Setting(others=found["others"]))
+            found["predicted_beside_them"] = round(alongside.env_steps_per_s)
         record["measured"][str(n)] = found
         record["measured_at"] = _now()
         _keep(path, records)
@@ -199,7 +234,9 @@ def _line(topology: str, actors: int, prediction: Mapping[str, Any], found: Mapp
     return (
         f"{topology} × {actors}: {ours:,.0f} / {theirs:,.0f} env steps/s, "
         f"{off(ours, theirs):+.0%} ({within} {BAR:.0%}); "
-        f"{idle}{lag}; {prediction['bottleneck']}; load {found['load']}"
+        f"{idle}{lag}; {prediction['bottleneck']}; "
+        f"with {found['others']} other busy threads {found['predicted_beside_them']:,}, "
+        f"{off(found['predicted_beside_them'], theirs):+.0%}"
     )
 
 

@@ -5,7 +5,7 @@ they wait. Each activity here follows the node of its name in nodes/.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,6 +94,10 @@ class Model:
         self.sim = Simulation()
         self._random = random.Random(setting.seed).random
         self.nodes = list(self._placed())
+        self._kinds: dict[str, list[Place]] = defaultdict(list)
+        for node in self.nodes:
+            self._kinds[node.kind].append(node)
+        self._audiences: dict[str, tuple[float, dict[str, int]]] = {}
         self.machines = {host: self._machine() for host in dict.fromkeys(node.host for node in self.nodes)}
         self.threads: dict[str, Thread] = {}
         self.trainers: dict[str, Thread] = {}
@@ -144,7 +148,7 @@ class Model:
         return Machine(Cpu(self.sim, speeds, self.setting.others), wire)
 
     def of(self, kind: str) -> list[Place]:
-        return [node for node in self.nodes if node.kind == kind]
+        return self._kinds[kind]
 
     def owners(self) -> list[Place]:
         """Whoever takes in unrolls of actors of its own, or of all."""
@@ -198,7 +202,8 @@ class Model:
 
     def _build(self) -> None:
         self.heard: dict[tuple[str, str], Latest] = {}
-        self.published: dict[str, int] = defaultdict(int)
+        self.published: dict[str, int] = {}
+        self._under_way: set[tuple[str, str]] = set()
         queues = {node.name: QueueIn(self.sim) for node in self.owners()}
         self.queues = queues
         learners, servers = self.of("learner"), self.of("param_server")
@@ -253,26 +258,41 @@ class Model:
 
     def publish(self, node: Place, version: int, thread: Thread) -> Activity:
         """To all that listen, a copy for each."""
-        link = self.plan.links["weights"]
-        groups = {name for name in link.targets if name in self.plan.groups}
-        targets = [other for other in self.nodes if other.name.rsplit("-", 1)[0] in groups]
-        targets = self.mine(node, targets)
-        outside = [other for other in targets if other.process != node.process]
-        cost = self.costs.at("inside") / 2 if len(outside) < len(targets) else 0.0
-        if outside:
-            cost += self.costs.links["weights"][0] + self.costs.at("subscriber") * (len(outside) - 1)
+        if node.name not in self._audiences:
+            self._audiences[node.name] = self._audience(node)
+        cost, listeners = self._audiences[node.name]
         yield thread.work(self.noisy(cost))
-        size = self._size("weights")
-        by_host: dict[str, int] = defaultdict(int)
-        for other in targets:
-            by_host[other.host] += 1
-        for host, number in by_host.items():
-            self.bytes["weights"] += size * number
-            heard = self.weights(node, host).heard
+        self.published[node.name] = version
+        for host, number in listeners.items():
             if host == node.host:
-                heard(version)
-            else:
-                self.machines[node.host].wire.send(size * number, heard, version)
+                self.bytes["weights"] += self._size("weights") * number
+                self.weights(node, host).heard(version)
+            elif (node.name, host) not in self._under_way:
+                self._ship(node, host, number)
+
+    def _ship(self, node: Place, host: str, number: int) -> None:
+        """Send the newest weights to all listeners of another host; newer ones wait until these have left."""
+        size, version = self._size("weights") * number, self.published[node.name]
+        self._under_way.add((node.name, host))
+        self.bytes["weights"] += size
+
+        def arrived(_: Any) -> None:
+            self._under_way.discard((node.name, host))
+            self.weights(node, host).heard(version)
+            if self.published[node.name] > version:
+                self._ship(node, host, number)
+
+        self.machines[node.host].wire.send(size, arrived)
+
+    def _audience(self, node: Place) -> tuple[float, dict[str, int]]:
+        """Seconds that it takes to publish, and host → who listens there."""
+        targets = self.plan.links["weights"].targets
+        listening = self.mine(node, [other for other in self.nodes if other.name.rsplit("-", 1)[0] in targets])
+        outside = sum(other.process != node.process for other in listening)
+        cost = self.costs.at("inside") / 2 if outside < len(listening) else 0.0
+        if outside:
+            cost += self.costs.links["weights"][0] + self.costs.at("subscriber") * (outside - 1)
+        return cost, Counter(other.host for other in listening)
 
     def trainer_of(self, node: Place) -> Place:
         """The learner whose weights it plays."""
@@ -288,12 +308,13 @@ class Model:
         hears = self.ends("weights", learner, node)[1]
         queue = QueueOut(self.sim, self.ways("trajectories", node, owners), self.plan.links["trajectories"].window)
         plays, loads, size = costs.at("play", envs), costs.at("load"), self.unroll_size(node)
-        version = yield weights.newer(-1)
+        version = known = yield weights.newer(-1)
         yield thread.work(plays * self._random())
         while True:
-            work = self.noisy(plays) + (loads if weights.value > version else 0.0)
-            work += hears * max(0, weights.value - version)
-            version = weights.value
+            newest = weights.value if self.lockstep or not queue.credit else known
+            known = weights.value  # with credit, one unroll is begun before the weights are looked at again
+            work = self.noisy(plays) + (loads if newest > version else 0.0) + hears * max(0, newest - version)
+            version = newest
             yield thread.work(work)
             yield thread.work(self.noisy(send))
             self.env_steps += self.rows * envs
@@ -447,7 +468,7 @@ class Model:
         trainer, thread = self.trainers[node.name], self.thread(node)
         servers, answers = self.of("param_server"), Mailbox(self.sim)
         part = self.costs.sizes.get("gradients", 0.0), self.costs.sizes.get("parameters", 0.0)
-        asked, version, seen = 0, 0, 0
+        asked, version = 0, 0
         while True:
             for server in servers:
                 ask, _, trip = self.ends("gradients", node, server)
@@ -456,11 +477,11 @@ class Model:
                 there = self.carry("gradients", node, server)
                 there(part[0], self.questions[server.name].put, (bool(asked), version, back))
             for _ in servers:
-                version = yield answers.take()
+                version = max(version, (yield answers.take()))
             yield self.sim.sleep(trip)
-            asked, seen = 1, seen + 1
+            asked = 1
             state["version"] = version
-            self.sim.start(self.publish(node, seen, thread))
+            self.sim.start(self.publish(node, version, thread))
             yield trainer.work(self.noisy(self.costs.at("load")))
             yield ready.take()
             yield trainer.work(self.noisy(self.costs.at("update", self.batch)))

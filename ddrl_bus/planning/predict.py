@@ -12,13 +12,15 @@ from ddrl_bus.topology.plan import Plan
 
 HORIZON_S: Final = 30.0
 """Simulated time, at most."""
-EVENTS, EVENTS_PER_ACTOR = 120_000, 40
+EVENTS, EVENTS_PER_ACTOR = 60_000, 25
 """Simulated events, at most."""
 SLICES: Final = 20
 SETTLED: Final = 0.4
 """Share of the simulation that is left out as its beginning."""
 FULL: Final = 0.9
-"""Cores that are busier than this bind whatever runs on them."""
+"""What is busier than this binds."""
+NAMED: Final = 3
+"""Of what binds, at most."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,9 @@ def _reading(model: Model) -> dict[str, float]:
             found[f"load {node.name}"] = model.thread(node).busy
     for name, thread in model.trainers.items():
         found[f"load {name}"] = found[f"trains {name}"] = thread.busy
+    for node in model.of("learner"):
+        if node.process in model.threads:
+            found[f"load event loop of {node.process}"] = model.threads[node.process].busy
     return found
 
 
@@ -121,19 +126,17 @@ def _shares(model: Model) -> dict[str, list[tuple[float, str]]]:
 
 
 def _bottleneck(load: Mapping[str, float], shares: Mapping[str, list[tuple[float, str]]]) -> str:
-    """What is busiest; where nothing is, nodes wait for one another."""
-    name, share = max(load.items(), key=lambda item: item[1])
-    if share < FULL and not name.startswith("cores"):
+    """All that is full; where nothing is, nodes wait for one another."""
+    full = {name: share for name, share in load.items() if share >= FULL}
+    if not full:
+        name, share = max(load.items(), key=lambda item: item[1])
         return f"nothing is full, nodes wait in turn; busiest is {name} ({share:.0%})"
-    for host, kinds in shares.items():
-        if load[f"cores of {host}"] >= FULL:
-            users = ", ".join(f"{kind} {part:.0%}" for part, kind in kinds if part >= 0.05)
-            return f"cores of {host} ({users})"
-    return (
-        f"{name} ({share:.0%})"
-        if share >= FULL
-        else f"nothing is full, nodes wait in turn; busiest is {name} ({share:.0%})"
-    )
+    words = []
+    for name, share in sorted(full.items(), key=lambda item: -item[1]):
+        users = shares.get(name.removeprefix("cores of "), []) if name.startswith("cores of ") else []
+        parts = ", ".join(f"{kind} {part:.0%}" for part, kind in users if part >= 0.05)
+        words.append(f"{name} ({parts or f'{share:.0%}'})")
+    return "; ".join(words[:NAMED])
 
 
 def _memory(model: Model) -> dict[str, float]:

@@ -78,8 +78,13 @@ class Cpu:
         self._busy: list[tuple[float, int, Resume]] = []
         self._virtual = self._since = 0.0  # work done so far for a thread that was busy all the time, as of when
         self._number = self._due = 0
-        self.done = 0.0
-        """Seconds of work."""
+        self._done = 0.0
+
+    @property
+    def done(self) -> float:
+        """Seconds of work so far."""
+        self._advance()
+        return self._done
 
     @property
     def most(self) -> float:
@@ -104,7 +109,7 @@ class Cpu:
         if self._busy and passed > 0:
             rate = self._rate()
             self._virtual += passed * rate
-            self.done += passed * rate * len(self._busy)
+            self._done += passed * rate * len(self._busy)
 
     def _plan(self) -> None:
         """The next to be done, as things stand: what was planned before does not hold any more."""
@@ -173,13 +178,16 @@ class Wire:
 
     def __init__(self, sim: Simulation, latency: float = 0.0, bandwidth: float = math.inf) -> None:
         self._sim, self.latency, self.bandwidth = sim, latency, bandwidth
-        self._free = 0.0
-        self.busy = 0.0
+        self._free = self._took = 0.0
+
+    @property
+    def busy(self) -> float:
         """Seconds in which it was sending."""
+        return self._took - max(0.0, self._free - self._sim.now)
 
     def send(self, size: float, arrived: Resume, value: Any = None) -> None:
         took = size / self.bandwidth
-        self.busy += took
+        self._took += took
         self._free = max(self._free, self._sim.now) + took
         self._sim.at(self._free + self.latency, arrived, value)
 
