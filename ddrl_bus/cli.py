@@ -147,6 +147,60 @@ def show(words: Sequence[str], mermaid: bool) -> None:
 
 
 @ddrl.command()
+@words_argument
+@click.option(
+    "--set", "sets", multiple=True, metavar="GROUP.FIELD=VALUE", help="As in actor.count=8, or beyond limits."
+)
+@click.option(
+    "--hosts", type=click.IntRange(min=1), help="Machines like this one; the actors are on all but the first."
+)
+@click.option("--cores", type=click.IntRange(min=1), help="Of each.  [default: as many as here]")
+@click.option("--latency", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Between hosts, ms.")
+@click.option(
+    "--bandwidth", type=click.FloatRange(min=1e-3), default=10.0, show_default=True, help="Of a host, Gbit/s."
+)
+@click.option("--others", type=click.FloatRange(min=0), default=0.0, help="Busy threads of other programs on a host.")
+@click.option("--sweep", metavar="KEY=FROM..TO", help="One prediction for each of many values.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Of a sweep: FILE.svg or FILE.png too.")
+@click.option("--calibrate", is_flag=True, help="Measure costs anew.")
+@click.option("--check", metavar="RUN", help="Compare with this run, which is over; no TOPO beside it.")
+@as_json
+@debug
+def plan(
+    words: Sequence[str],
+    sets: Sequence[str],
+    hosts: int | None,
+    cores: int | None,
+    latency: float,
+    bandwidth: float,
+    others: float,
+    sweep: str | None,
+    output: Path | None,
+    calibrate: bool,
+    check: str | None,
+    as_json: bool,
+) -> None:
+    """Predict what a topology will do: rates, idle time, staleness, traffic, memory, and what binds.
+
+    What its parts cost is measured on this machine at first, which takes up to a minute, and kept.
+    """
+    from ddrl_bus.launch import run_dir
+    from ddrl_bus.planning import report
+    from ddrl_bus.planning.model import Setting
+
+    topology, overrides = _split(words)
+    if check is not None and (topology or sweep):
+        raise UsageError("--check compares one run with its own topology: no TOPO and no --sweep beside it")
+    if output is not None and sweep is None:
+        raise UsageError("-o is the picture of a sweep; give --sweep too, as in --sweep actor.count=1..100")
+    setting = Setting(hosts, cores, latency * 1e-3, bandwidth * 1e9 / 8, others=others)
+    folder = run_dir.find(check) if check is not None else None
+    source = str(folder / run_dir.LOCK_FILE) if folder else _required(topology)
+    asked = report.Asked(source, overrides, sets, setting, calibrate)
+    _echo(report.Answer(asked, sweep, output, folder), as_json)
+
+
+@ddrl.command()
 @click.argument("engine", type=click.Choice(["slurm", "k8s", "compose", "systemd", "tmux"]))
 @words_argument
 @click.option("--node-command", metavar="COMMAND", default="ddrl-node", help="How ddrl-node is called there.")
@@ -481,6 +535,14 @@ def weights(subscribers: int, size: int, mbit: float | None, rounds: int, as_jso
 
     rows = measure(subscribers, size, rounds) if mbit is None else measure_between_hosts(mbit, size, min(rounds, 10))
     _print_rows(rows, rows_as_text, as_json)
+
+
+def _echo(answer: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(answer.data()))
+        return
+    for line in answer.lines():
+        click.echo(line)
 
 
 def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:

@@ -44,7 +44,8 @@ ROOMS = {
     "nodes": BELOW_NODES,
     "launch": BELOW_NODES | {"nodes"},
     "bench": BELOW_NODES | {"nodes", "launch", "sum_tree"},
-    "cli": BELOW_NODES | {"nodes", "launch", "bench"},
+    "planning": BELOW_NODES | {"nodes", "launch", "bench"},
+    "cli": BELOW_NODES | {"nodes", "launch", "bench", "planning"},
 }
 LIBRARIES = {
     "errors": set(),
@@ -64,6 +65,7 @@ LIBRARIES = {
     "nodes": {"numpy", "torch", "psutil"},
     "launch": {"rich", "uvloop"},
     "bench": {"numpy", "torch", "zmq", "psutil", "matplotlib", "gymnasium"},
+    "planning": {"numpy", "psutil"},
     "cli": {"click", "rich"},
 }
 

@@ -1,0 +1,260 @@
+"""Predictions against runs: `python -m ddrl_bus.planning.check [TOPO...]`.
+
+For one reference topology after the other: measure its costs, write down what is predicted at 1, 2 and 4 actors, and
+only then run these and write what was measured beside it. Costs and runs so meet about the same mood of the machine.
+
+docs/plan.json      predictions and measurements, with their times; other topologies than those run now are kept
+
+With --predict nothing is run, and with --measure nothing is predicted: the runs are compared with what the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from ddrl_bus.bench import history
+from ddrl_bus.errors import DdrlError, UsageError
+from ddrl_bus.launch.closing import CLOSING, lives
+from ddrl_bus.launch.run_dir import read_json, write
+from ddrl_bus.launch.start import plan_of
+from ddrl_bus.planning import costs
+from ddrl_bus.planning.model import Setting
+from ddrl_bus.planning.predict import Prediction, as_json, predict
+from ddrl_bus.topology.plan import Plan
+
+ACTORS: Final = (1, 2, 4)
+SECONDS: Final = 8.0
+"""Of training that a run is to take, if it goes as predicted."""
+PATIENCE_S: Final = 180.0
+BAR: Final = 0.15
+ALONE: Final = ("stop.reward=null", "nodes.evaluator.count=0")
+CASES: Final[Mapping[str, Sequence[str]]] = {
+    "quickstart": ("nodes.actor.count={n}",),
+    "a2c": ("nodes.actor.count={n}", "algo.batch={batch}"),
+    "apex": ("nodes.actor.count={n}",),
+    "seed": ("nodes.actor.count={n}",),
+    "ga3c": ("nodes.actor.count={n}", "nodes.inference.predictors=1", "nodes.learner.trainers=1"),
+    "ddppo": ("nodes.actor.count={n}", "nodes.learner.count={n}"),
+}
+"""Topology → what makes it one of n actors (of 32 environments, where a batch is a round of all)."""
+Figures = dict[str, Any]
+
+
+def words(topology: str, actors: int) -> list[str]:
+    """The overrides of a case: without the evaluator, whose episodes grow as the policy learns."""
+    return [*(word.format(n=actors, batch=32 * actors) for word in CASES[topology]), *ALONE]
+
+
+def measured(run: Path) -> Figures:
+    """What a run that is over came to, under the names of `Prediction`.
+
+    Raises:
+        UsageError: it has no closing.json, or trained on nothing.
+    """
+    closing = read_json(run / CLOSING) or {}
+    if not closing.get("steps_per_s"):
+        raise UsageError(f"{run}: no rate in {CLOSING}, expected a run that is over and has trained for a few seconds")
+    rate, seen = closing["steps_per_s"], history.read(run)
+    seconds = closing["env_steps"] / rate
+    learners = [parts for node, parts in closing["shares"].items() if node.startswith("learner") and parts]
+    idle = [sum(parts.get(f"{what}_wait", 0.0) for what in ("queue", "replicas", "weights")) for parts in learners]
+    lags = [lag.mean for lag in seen.lags[1:] or seen.lags]
+    return {
+        "env_steps_per_s": rate,
+        "updates_per_s": closing["updates"] / seconds,
+        "learner_idle": sum(idle) / len(idle) if idle else None,
+        "staleness": sum(lags) / len(lags) if lags else None,
+        "bytes_per_s": {link: size / seconds for link, size in _bytes(run).items()},
+    }
+
+
+def _bytes(run: Path) -> dict[str, int]:
+    """Link → bytes that its ends counted as sent (as arrived, where only that is counted)."""
+    found: dict[str, int] = {}
+    for counters in lives(run):
+        for name, value in counters.items():
+            link, _, what = name.rpartition("/")
+            if what == "bytes_out" and value:
+                found[link] = found.get(link, 0) + value
+    return found
+
+
+def off(predicted: float, found: float) -> float:
+    """By what share of the measured figure the prediction is too high."""
+    return predicted / found - 1 if found else 0.0
+
+
+def compared(prediction: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """A line for each figure that both have."""
+    lines = [f"{'':24}{'predicted':>14}{'measured':>14}{'off':>8}"]
+    rows = [(name, prediction[name], found.get(name)) for name in ("env_steps_per_s", "updates_per_s")]
+    rows += [(name, prediction[name], found.get(name)) for name in ("learner_idle", "staleness")]
+    rows += [
+        (f"{link}, bytes/s", size, found["bytes_per_s"].get(link)) for link, size in prediction["bytes_per_s"].items()
+    ]
+    for name, ours, theirs in rows:
+        if ours is None or theirs is None:
+            continue
+        share = name == "learner_idle"
+        values = (
+            (f"{ours:>14.0%}{theirs:>14.0%}{'':>8}")
+            if share
+            else f"{ours:>14,.1f}{theirs:>14,.1f}{off(ours, theirs):>+8.0%}"
+        )
+        lines.append(f"{name:24}{values}")
+    return [*lines, f"bottleneck, predicted: {prediction['bottleneck']}"]
+
+
+# ---- the reference topologies
+
+
+def case_plan(topology: str, actors: int) -> Plan:
+    return plan_of(topology, words(topology, actors), probe=False, starts=False)
+
+
+def foretold(topology: str, *, calibrate: bool) -> dict[str, Figures]:
+    """Predictions by number of actors."""
+    known = costs.of(case_plan(topology, 2), calibrate=calibrate)
+    return {str(n): as_json(_one(case_plan(topology, n), known)) for n in ACTORS}
+
+
+def _one(plan: Plan, known: costs.Costs) -> Prediction:
+    return predict(plan, known, Setting())
+
+
+def run(topology: str, actors: int, rate: float) -> Figures:
+    """One run of about `SECONDS` at the predicted rate, as `measured`, or its `problem`."""
+    steps = max(1000, round(rate * SECONDS))
+    command = [sys.executable, "-m", "ddrl_bus.cli", "run", topology, *words(topology, actors), f"stop.steps={steps}"]
+    with subprocess.Popen(
+        [*command, "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        company = Company(running.pid)
+        company.start()
+        try:
+            said, words_ = running.communicate(timeout=PATIENCE_S)
+            return measured(Path(json.loads(said)["run_dir"])) | {"others": company.mean()}
+        except subprocess.TimeoutExpired:
+            running.terminate()
+            return {"problem": f"no end within {PATIENCE_S:.0f} s"}
+        except (ValueError, UsageError):
+            return {"problem": (words_.strip().splitlines() or ["said nothing"])[-1]}
+        finally:
+            company.over.set()
+
+
+class Company(threading.Thread):
+    """Counts the threads of other programs that run or wait for a core, now and then, while a process lives."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._process = psutil.Process(pid)
+        self._counts: list[int] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.2):
+            with contextlib.suppress(psutil.Error, OSError):
+                tree = [self._process, *self._process.children(recursive=True)]
+                mine = sum(_runs(task) for process in tree for task in Path(f"/proc/{process.pid}/task").iterdir())
+                (line,) = (line for line in Path("/proc/stat").read_text().splitlines() if "procs_running" in line)
+                self._counts.append(max(0, int(line.split()[1]) - mine - 1))  # but for this one
+
+    def mean(self) -> float:
+        return round(sum(self._counts) / max(1, len(self._counts)), 1)
+
+
+def _runs(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+    except OSError:
+        return False
+
+
+def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
+    """Predict, write it down, run, write that down."""
+    records: dict[str, Any] = read_json(path) or {}
+    if predicts:
+        records[topology] = {
+            "predicted": foretold(topology, calibrate=True),
+            "predicted_at": _now(),
+            "machine": costs.machine(),
+            "words": words(topology, 2),
+        }
+        _keep(path, records)
+    if not runs:
+        return
+    record = records.get(topology)
+    if record is None:
+        raise UsageError(f"{path}: no prediction of {topology}; leave out --measure")
+    record["measured"] = {}
+    for n in ACTORS:
+        prediction = record["predicted"][str(n)]
+        found = run(topology, n, prediction["env_steps_per_s"])
+        if "others" in found:
+            plan = case_plan(topology, n)
+            alongside = predict(plan, costs.of(case_plan(topology, 2)), Setting(others=found["others"]))
+            found["predicted_beside_them"] = round(alongside.env_steps_per_s)
+        record["measured"][str(n)] = found
+        record["measured_at"] = _now()
+        _keep(path, records)
+        print(_line(topology, n, prediction, found), flush=True)
+
+
+def _keep(path: Path, records: Mapping[str, Any]) -> None:
+    write(path, json.dumps(records, indent=1, sort_keys=True) + "\n")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _line(topology: str, actors: int, prediction: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    if "problem" in found:
+        return f"{topology} × {actors}: {found['problem']}"
+    ours, theirs = prediction["env_steps_per_s"], found["env_steps_per_s"]
+    idle = f"idle {prediction['learner_idle']:.0%} / {found['learner_idle']:.0%}"
+    lag = (
+        ""
+        if None in (prediction["staleness"], found["staleness"])
+        else (f", staleness {prediction['staleness']:.1f} / {found['staleness']:.1f}")
+    )
+    within = "within" if abs(off(ours, theirs)) <= BAR else "beyond"
+    return (
+        f"{topology} × {actors}: {ours:,.0f} / {theirs:,.0f} env steps/s, "
+        f"{off(ours, theirs):+.0%} ({within} {BAR:.0%}); "
+        f"{idle}{lag}; {prediction['bottleneck']}; "
+        f"with {found['others']} other busy threads {found['predicted_beside_them']:,}, "
+        f"{off(found['predicted_beside_them'], theirs):+.0%}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("topologies", nargs="*", metavar="TOPO", help=f"default: {', '.join(CASES)}")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/plan.json"))
+    parser.add_argument("--predict", action="store_true", help="write predictions down, run nothing")
+    parser.add_argument("--measure", action="store_true", help="run, and compare with the predictions in the file")
+    args = parser.parse_args()
+    try:
+        if unknown := [name for name in args.topologies if name not in CASES]:
+            raise UsageError(f"no reference topology {unknown[0]!r}; have {', '.join(CASES)}")
+        for topology in args.topologies or CASES:
+            check(topology, args.output, predicts=not args.measure, runs=not args.predict)
+    except DdrlError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
