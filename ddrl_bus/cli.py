@@ -454,6 +454,18 @@ def replay(output: Output, repeats: int) -> int:
     return measured(ABOUT, measure(repeats), output)
 
 
+@_benchmark(click.option("--quick", is_flag=True, help="Fewer messages and repeats."))
+def peers(output: Output, quick: bool) -> int:
+    """The same bytes through gRPC, Ray, multiprocessing and torch.distributed.
+
+    Each in turn with ours. pip install 'ddrl-bus[peers]' brings gRPC and Ray; what is missing is said to be so.
+    """
+    from ddrl_bus.bench.output import measured
+    from ddrl_bus.bench.peers import ABOUT, measure
+
+    return measured(ABOUT, measure(repeats=2, part=0.2) if quick else measure(), output)
+
+
 @_benchmark(
     click.option("--ranks", default="2,4", show_default=True, metavar="N,...", callback=_numbers, help="Processes."),
     click.option(

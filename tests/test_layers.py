@@ -63,7 +63,7 @@ LIBRARIES = {
     "envs": {"numpy", "gymnasium", "ale_py"},
     "nodes": {"numpy", "torch", "psutil"},
     "launch": {"rich", "uvloop"},
-    "bench": {"numpy", "torch", "zmq", "msgpack", "psutil", "matplotlib", "gymnasium"},
+    "bench": {"numpy", "torch", "zmq", "msgpack", "psutil", "matplotlib", "gymnasium", "grpc", "ray"},
     "cli": {"click", "rich"},
 }
 

@@ -76,7 +76,7 @@ def crew(count: int) -> Iterator[Sequence[Member]]:
     """So many processes, killed at the end."""
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe() for _ in range(count)]
-    processes = [spawn.Process(target=_live, args=(theirs,), daemon=True) for _, theirs in pipes]
+    processes = [spawn.Process(target=_live, args=(theirs,)) for _, theirs in pipes]
     try:
         for process, (_, theirs) in zip(processes, pipes, strict=True):
             process.start()

@@ -192,7 +192,7 @@ def _row_as_json(each: Row) -> dict[str, Any]:
 
 # ── as text ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_NAME_WIDTH: Final = 46
+_NAME_WIDTH: Final = 50
 
 
 def as_text(rows: Iterable[Row]) -> Iterator[str]:
