@@ -324,13 +324,34 @@ def list_keys() -> None:
         click.echo(str(entry))
 
 
-@ddrl.group()
-def bench() -> None:
+class _BenchGroup(_Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """An address stands for a command, and is its argument."""
+        return super().resolve_command(ctx, ["far", *args] if args[0].startswith("tcp://") else args)
+
+
+@ddrl.group(cls=_BenchGroup, invoke_without_command=True)
+@click.option(
+    "--serve", metavar="[ADDRESS]", is_flag=False, flag_value="tcp://*:7070", help="Be the other host of bench tcp://…."
+)
+@debug
+@click.pass_context
+def bench(context: click.Context, serve: str | None) -> None:
     """Measure.
 
     Every benchmark prints its rows, medians over its repeats, as they come; it can write them to files, and compare
     them with an earlier run. Ratios are within one run: quote these.
+
+    Between two hosts: ddrl bench --serve on one, ddrl bench tcp://HOST:7070 on the other.
     """
+    if (serve is None) == (context.invoked_subcommand is None):
+        raise UsageError("give the name of a benchmark, tcp://HOST:PORT, or --serve alone; see ddrl bench --help")
+    if serve is not None:
+        from ddrl_bus.bench import far
+
+        far.serve(serve)
 
 
 def _percent(_context: click.Context, _option: click.Parameter, text: str) -> float:
@@ -418,6 +439,24 @@ def links(output: Output, **chosen: Any) -> int:
     return measured(ABOUT, measure(scope_of(**chosen)), output)
 
 
+@_benchmark(
+    click.argument("address", metavar="tcp://HOST:PORT"),
+    click.option("--quick", is_flag=True, help="A few of the rows."),
+    click.option(
+        "--peers", metavar="N,...", callback=lambda *given: given[-1] and _numbers(*given), help="Default: 1,4."
+    ),
+    click.option("--repeats", type=click.IntRange(min=1), help="Default: 5."),
+)
+def far(output: Output, address: str, quick: bool, peers: list[int] | None, repeats: int | None) -> int:
+    """Links between this host and one that runs `ddrl bench --serve`; `ddrl bench tcp://HOST:PORT` is the same."""
+    from ddrl_bus.bench.far import ABOUT, measure
+    from ddrl_bus.bench.links import scope_of
+    from ddrl_bus.bench.output import measured
+
+    scope = scope_of(quick, peers=peers or ([1] if quick else [1, 4]), repeats=repeats)
+    return measured(ABOUT, measure(address, scope), output)
+
+
 @_benchmark(_repeats(5))
 def requests(output: Output, repeats: int) -> int:
     """What a round trip of the request link costs over the sockets under it."""
@@ -452,6 +491,29 @@ def replay(output: Output, repeats: int) -> int:
     from ddrl_bus.bench.replay import ABOUT, measure
 
     return measured(ABOUT, measure(repeats), output)
+
+
+@_benchmark(_repeats(5))
+def codec(output: Output, repeats: int) -> int:
+    """What compressing messages saves and costs, and where it pays."""
+    from ddrl_bus.bench.codec import ABOUT, measure
+    from ddrl_bus.bench.output import measured
+
+    return measured(ABOUT, measure(repeats), output)
+
+
+@_benchmark(
+    words_argument,
+    click.option("--seconds", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Of each run."),
+    _repeats(1),
+)
+def topology(output: Output, words: Sequence[str], seconds: float, repeats: int) -> int:
+    """Where the time and the bytes of a run of TOPO go, node by node and link by link."""
+    from ddrl_bus.bench.output import measured
+    from ddrl_bus.bench.topology import ABOUT, measure
+
+    name, overrides = _split(words)
+    return measured(ABOUT, measure(_required(name), overrides, seconds, repeats), output)
 
 
 @_benchmark(click.option("--quick", is_flag=True, help="Fewer messages and repeats."))

@@ -144,7 +144,9 @@ hundreds of steps.""",
     baseline="bare pyzmq",
     spans={way: tuple(f"{way} {name}" for name in PERCENTILES) for way in ("link", "raw")},
 )
-_FLOOD: Final = {"link": US, "raw": US, "link rate": MB_PER_S, "link CPU": US, "raw CPU": US}
+FLOOD: Final = {"link": US, "raw": US, "link rate": MB_PER_S, "link CPU": US, "raw CPU": US}
+
+FLOOD_RATIOS: Final = {"ratio": ("link", "raw"), "CPU ratio": ("link CPU", "raw CPU")}
 
 
 def measure(scope: Scope) -> Iterator[Row]:
@@ -155,13 +157,11 @@ def measure(scope: Scope) -> Iterator[Row]:
         ours, raw = members[: processes // 2], members[processes // 2 :]
         for cell in cells:
             with together(cell, {"link": (OURS, ours), "raw": (RAW, raw)}) as ways:
-                yield flood_row(
-                    cell, ways, scope.repeats, _FLOOD, {"ratio": ("link", "raw"), "CPU ratio": ("link CPU", "raw CPU")}
-                )
+                yield flood_row(cell, ways, scope.repeats, FLOOD, FLOOD_RATIOS)
         for cell in cells:
             with together(cell, {"link": (OURS, ours), "raw": (RAW, raw)}) as ways:
                 for rate in cell.payload.rates:
-                    yield _paced_row(cell, ways, rate, scope)
+                    yield paced_row(cell, ways, rate, scope)
 
 
 def flood_row(
@@ -181,7 +181,7 @@ def flood_row(
     )
 
 
-def _paced_row(cell: Cell, ways: Mapping[str, Group], rate: int, scope: Scope) -> Row:
+def paced_row(cell: Cell, ways: Mapping[str, Group], rate: int, scope: Scope) -> Row:
     def once() -> Repeat:
         return {
             name: value for way, group in ways.items() for name, value in group.paced(way, rate, scope.seconds).items()
