@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -89,7 +91,20 @@ def crew(count: int) -> Iterator[Sequence[Member]]:
                 process.join()
 
 
+def leave_with_parent() -> None:
+    """From now on this process ends when the one that started it does, however that goes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave(wait: Callable[[], None]) -> None:
+        wait()
+        os._exit(1)
+
+    threading.Thread(target=leave, args=(parent.join,), daemon=True).start()
+
+
 def _live(pipe: Connection) -> None:
+    leave_with_parent()
     keep_freed_memory()  # as every node does; whatever it is compared with gets the same
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:

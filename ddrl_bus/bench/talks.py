@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import queue
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +15,7 @@ import numpy as np
 import zmq
 
 from ddrl_bus.algos.lazy import torch
+from ddrl_bus.bench.crew import leave_with_parent
 from ddrl_bus.bench.ends import TIMEOUT_S
 from ddrl_bus.bench.raw_ends import Socket, frame_of, put
 from ddrl_bus.launch.malloc import keep_freed_memory
@@ -62,16 +61,9 @@ def _far(side: Callable[..., None], *args: Any) -> Iterator[None]:
 
 
 def _follow(side: Callable[..., None], *args: Any) -> None:
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
     keep_freed_memory()
     side(*args)
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _trips(count: int, trip: Callable[[], object]) -> list[float]:

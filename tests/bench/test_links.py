@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 
+import psutil
 import pytest
 
 from ddrl_bus.bench import links
@@ -91,6 +94,33 @@ def test_an_end_that_fails_is_heard(how: str, words: str) -> None:
         member.tell("go")
         with pytest.raises(RuntimeError, match=words):
             member.answer()
+
+
+def _boss(told: Connection) -> None:
+    with crew(1) as (member,):
+        member.start(_names_itself)
+        member.answer()
+        member.tell("go")
+        told.send(member.answer())
+        time.sleep(60)
+
+
+def _names_itself(pipe: Connection) -> None:
+    pipe.send(None)
+    pipe.recv()
+    pipe.send(os.getpid())
+    time.sleep(60)  # it reads nothing meanwhile
+
+
+def test_a_crew_leaves_with_whoever_started_it() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    boss = spawn.Process(target=_boss, args=(theirs,))
+    boss.start()
+    member = psutil.Process(ours.recv())
+    boss.kill()
+    boss.join()
+    member.wait(timeout=30)
 
 
 def _spin(pipe: Connection) -> None:
