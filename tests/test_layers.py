@@ -64,7 +64,7 @@ LIBRARIES = {
     "envs": {"numpy", "gymnasium", "ale_py"},
     "nodes": {"numpy", "torch", "psutil"},
     "launch": {"rich", "uvloop"},
-    "bench": {"numpy", "torch", "zmq", "psutil", "matplotlib", "gymnasium"},
+    "bench": {"numpy", "torch", "zmq", "msgpack", "psutil", "matplotlib", "gymnasium", "grpc", "ray"},
     "planning": {"numpy", "psutil"},
     "cli": {"click", "rich"},
 }

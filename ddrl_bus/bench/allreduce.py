@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.algos.ppo import Ppo, PpoConfig
 from ddrl_bus.algos.spaces import Spaces
+from ddrl_bus.bench.report import US, About, Row, row
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.nodes.collective import Collective, Rendezvous
 
@@ -40,20 +40,18 @@ PATIENCE_S: Final = 60.0
 LOOPBACK: Final = "127.0.0.1"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Microseconds a sum, medians over the repeats; the ratios are medians of the paired ones, to `bare`."""
-
-    ranks: int
-    bytes: int
-    """of the parameters; `pooled` sums the number of rows with them"""
-    bare_us: float
-    sum_us: float
-    pooled_us: float
-    sum_ratio: float
-    pooled_ratio: float
-    sum_spread: tuple[float, float]
-    pooled_spread: tuple[float, float]
+ABOUT: Final = About(
+    bench="allreduce",
+    title="What summing the gradients of replicas costs over gloo itself",
+    method="""Three ways, sum by sum in turn between the same processes over this machine's loopback: a flat float32
+tensor by torch.distributed.all_reduce (bare); the same by the collective that learners use (sum); and the gradients
+of a network of that size as a learner pools them: weighted, packed into one piece, summed, divided (pooled). That
+all three come to the right sum is checked first.""",
+    reading="Microseconds a sum, as the first process saw them. Bytes are of the network's parameters.",
+    baseline="bare gloo",
+)
+KINDS: Final = dict.fromkeys(WAYS, US)
+RATIOS: Final = {"pooled ratio": ("pooled", "bare"), "sum ratio": ("sum", "bare")}
 
 
 def measure(ranks: Sequence[int] = RANKS, sizes: Sequence[int] = BYTES, repeats: int = 5) -> Iterator[Row]:
@@ -61,9 +59,8 @@ def measure(ranks: Sequence[int] = RANKS, sizes: Sequence[int] = BYTES, repeats:
     for count in ranks:
         for size, seconds in _between_processes(count, sizes, repeats):
             times = np.median(seconds, axis=1) * 1e6  # [repeats, ways]
-            ratios = times[:, 1:] / times[:, :1]
-            spreads = zip(ratios.min(axis=0).tolist(), ratios.max(axis=0).tolist(), strict=True)
-            yield Row(count, size, *np.median(times, axis=0).tolist(), *np.median(ratios, axis=0).tolist(), *spreads)
+            found = [dict(zip(WAYS, each, strict=True)) for each in times.tolist()]
+            yield row("sums", f"{count} processes, {size:,} bytes", found, KINDS, RATIOS)
 
 
 Measured = tuple[int, Any]
@@ -147,15 +144,3 @@ def _algorithm(size: int) -> Ppo:
     width = max(1, round(math.sqrt(size / 4 + 17) - 4.5))  # w² + 9 w + 3 parameters
     config = PpoConfig(hidden=(width, width))
     return Ppo(config, Spaces((4,), "float32", "discrete", 2), seed=0)
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    head = f"{'processes':<11}{'bytes':>11}{'bare µs':>10}{'sum µs':>10}{'pooled µs':>11}"
-    yield f"{head}{'sum/bare':>10}  spread        {'pooled/bare':>11}  spread"
-    for row in rows:
-        yield (
-            f"{row.ranks:<11}{row.bytes:>11,}{row.bare_us:>10,.0f}{row.sum_us:>10,.0f}{row.pooled_us:>11,.0f}"
-            f"{row.sum_ratio:>10.2f}  {row.sum_spread[0]:.2f} to {row.sum_spread[1]:.2f}  "
-            f"{row.pooled_ratio:>11.2f}  {row.pooled_spread[0]:.2f} to {row.pooled_spread[1]:.2f}"
-        )

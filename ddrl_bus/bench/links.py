@@ -1,174 +1,304 @@
 """What the link ends cost over the sockets under them: `ddrl bench links`.
 
-Each row moves the same bytes twice between two processes in one run, turn by turn: through our `queue` link and through
-a bare blocking PUSH/PULL pair of pyzmq with one frame a message. Quote the ratios and differences; absolute figures
-follow the machine's mood.
+Every payload that nodes exchange, over every transport, between one process and several: through our links and through
+bare blocking sockets of pyzmq, repeat by repeat in turn, both connected all the while. Quote the ratios; absolute
+figures follow the machine's mood.
 """
 
 from __future__ import annotations
 
-import asyncio
-import multiprocessing
-import statistics
+import os
+import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final, NamedTuple, cast, get_args
 
 import numpy as np
 import zmq
 
-from ddrl_bus.launch.malloc import keep_freed_memory
-from ddrl_bus.transport.bus import Bus
-from ddrl_bus.transport.ledger import Ledger
-from ddrl_bus.transport.security import Guard
-from ddrl_bus.transport.wire import Layout, Spec
-from ddrl_bus.transport.zeromq import COPY_BELOW
+from ddrl_bus import keys
+from ddrl_bus.bench import link_ends, raw_ends
+from ddrl_bus.bench.crew import End, Member, crew
+from ddrl_bus.bench.ends import PAYLOADS, Answer, Order, Payload, Setup, Transport
+from ddrl_bus.bench.report import MB_PER_S, US, About, Kind, Repeat, Row, row, settled
+from ddrl_bus.errors import UsageError
 
-PAYLOADS: Final[dict[str, dict[str, Spec]]] = {
-    "small unroll, 320 B": {"obs": ("float32", (20, 4))},
-    "pixel unroll, 567 KB": {
-        "obs": ("uint8", (20, 84, 84, 4)),
-        "action": ("int64", (20,)),
-        "reward": ("float32", (20,)),
-        "terminated": ("bool", (20,)),
-        "truncated": ("bool", (20,)),
-        "logits": ("float32", (20, 6)),
-    },
-}
+TRANSPORTS: Final[tuple[Transport, ...]] = get_args(Transport)
+PEERS: Final = (1, 4, 16)
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    payload: str
-    window: int
-    messages: int
+class Ends(NamedTuple):
+    """What processes are started with."""
+
+    hub: End
+    spoke: End
+    memory: End
 
 
-CASES: Final = (
-    Case("small unroll, 320 B", 64, 40_000),
-    Case("small unroll, 320 B", 16, 10_000),
-    Case("small unroll, 320 B", 2, 2_000),
-    Case("pixel unroll, 567 KB", 16, 3_000),
-    Case("pixel unroll, 567 KB", 2, 1_500),
+OURS: Final = Ends(link_ends.hub_end, link_ends.spoke_end, link_ends.memory_end)
+RAW: Final = Ends(raw_ends.hub_end, raw_ends.spoke_end, raw_ends.memory_end)
+
+
+@dataclass(frozen=True)
+class Cell:
+    payload: Payload
+    transport: Transport
+    peers: int
+
+    def __str__(self) -> str:
+        return f"{self.payload.name}, {self.transport}, {self.peers} peer{'s' * (self.peers > 1)}"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is measured, and for how long."""
+
+    payloads: Sequence[str] = tuple(PAYLOADS)
+    transports: Sequence[Transport] = TRANSPORTS
+    peers: Sequence[int] = PEERS
+    repeats: int = 5
+    seconds: float = 1.0
+    """Of each repeat at a fixed rate."""
+    part: float = 1.0
+    """Of the messages that are sent as fast as may be."""
+    rates: int = 2
+    """At most so many of a payload's."""
+
+    def cells(self) -> list[Cell]:
+        payloads = [
+            replace(payload, flood=max(10, int(payload.flood * self.part)), rates=payload.rates[: self.rates])
+            for payload in map(PAYLOADS.__getitem__, self.payloads)
+        ]
+        return [
+            Cell(payload, transport, peers)
+            for payload in payloads
+            for transport in self.transports
+            for peers in self.peers
+        ]
+
+
+QUICK: Final = Scope(
+    ("small unroll, 320 B", "pixel unroll, 567 KB", "request, 64 B"), ("ipc", "tcp"), (1,), 3, 0.4, 0.3, 1
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Microseconds a message, medians over the repeats; `ratio` is the median of the paired ratios."""
+def scope_of(
+    quick: bool = False,
+    payloads: Sequence[str] = (),
+    transports: Sequence[str] = (),
+    peers: Sequence[int] | None = None,
+    repeats: int | None = None,
+) -> Scope:
+    """What a user asked for.
 
-    payload: str
-    window: int
-    link_us: float
-    raw_us: float
-    ratio: float
-    spread: tuple[float, float]
+    Args:
+        payloads: words of payloads' names.
+    Raises:
+        UsageError: there is no such payload or transport.
+    """
+    scope = QUICK if quick else Scope()
+    if unknown := [name for name in transports if name not in TRANSPORTS]:
+        raise UsageError(f"--transport {unknown[0]!r}: expected one of {', '.join(TRANSPORTS)}")
+    named = [name for name in PAYLOADS if any(words in name for words in payloads)]
+    if missing := [words for words in payloads if not any(words in name for name in PAYLOADS)]:
+        raise UsageError(f"--payload {missing[0]!r}: expected words of one of: {'; '.join(PAYLOADS)}")
+    chosen = cast("tuple[Transport, ...]", transports)
+    return replace(
+        scope,
+        payloads=named or scope.payloads,
+        transports=chosen or scope.transports,
+        peers=peers or scope.peers,
+        repeats=repeats or scope.repeats,
+    )
 
 
-def measure(repeats: int = 5) -> Iterator[Row]:
-    """One row per case, each pair of figures taken turn by turn."""
-    for case in CASES:
-        pairs = [(timed(case, link_pull, link_push), timed(case, _raw_pull, _raw_push)) for _ in range(repeats)]
-        ratios = sorted(link / raw for link, raw in pairs)
-        yield Row(
-            case.payload,
-            case.window,
-            statistics.median(link for link, _ in pairs),
-            statistics.median(raw for _, raw in pairs),
-            statistics.median(ratios),
-            (ratios[0], ratios[-1]),
-        )
+PERCENTILES: Final = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9}
+ABOUT: Final = About(
+    bench="links",
+    title="What moving experience, weights and questions costs over bare ZeroMQ sockets",
+    method="""The processes of a distributed training run exchange three kinds of message: unrolls of experience,
+from many actors to one learner (queue); weights, from one learner to many actors (latest); and questions with
+answers (request). Each is measured twice in turn: through the links of ddrl_bus, which number messages, hand out
+credit, check what arrives and keep books, and through bare blocking sockets of pyzmq (PUSH/PULL, PUB/SUB,
+DEALER/ROUTER), which move as many opaque bytes and promise nothing. A peer is a process; over memory:// all of them
+share one event loop, and one thread takes turns on the bare side. Nothing is compressed. Repeats alternate between
+the two ways, whose processes stay connected; each phase has its warm-up.
+
+As fast as may be: microseconds a message as its receiver sees it, with a bounded window of messages under way. Of
+weights it is the time until all peers have said that they hold a version; of requests the time of all trips over
+their number, each peer asking one question at a time. CPU is processor time of all processes together, their I/O
+threads included, a message (of weights: a version), as the kernel accounts it.
+
+At a fixed rate: when a message is sent was set in advance, and its latency counts from that moment, not from when a
+sender that was held up came to send it (there is no coordinated omission). Until the receiver has it; of requests
+until the answer is there. The rate is that of all peers together. With fewer than 1,000 messages in a repeat, p99.9
+is the slowest of them.
+
+Copies are not counted: nothing that can be asked counts those inside ZeroMQ and the kernel; their time is in CPU.""",
+    reading="""Ratios are our links over bare sockets, taken within each repeat. Large messages should cost what
+ZeroMQ costs; for small ones the difference in microseconds says more than the ratio, for an unroll stands for
+hundreds of steps.""",
+    baseline="bare pyzmq",
+    spans={way: tuple(f"{way} {name}" for name in PERCENTILES) for way in ("link", "raw")},
+)
+FLOOD: Final = {"link": US, "raw": US, "link rate": MB_PER_S, "link CPU": US, "raw CPU": US}
+
+FLOOD_RATIOS: Final = {"ratio": ("link", "raw"), "CPU ratio": ("link CPU", "raw CPU")}
 
 
-Side = Callable[[Case, str, Connection], None]
+def measure(scope: Scope) -> Iterator[Row]:
+    """A row for each cell as fast as may be, then one for each of its rates."""
+    cells = scope.cells()
+    processes = 2 * (1 + max(cell.peers for cell in cells))
+    with fresh_keys(), crew(processes) as members:
+        ours, raw = members[: processes // 2], members[processes // 2 :]
+        for cell in cells:
+            with together(cell, {"link": (OURS, ours), "raw": (RAW, raw)}) as ways:
+                yield flood_row(cell, ways, scope.repeats, FLOOD, FLOOD_RATIOS)
+        for cell in cells:
+            with together(cell, {"link": (OURS, ours), "raw": (RAW, raw)}) as ways:
+                for rate in cell.payload.rates:
+                    yield paced_row(cell, ways, rate, scope)
 
 
-def timed(case: Case, pull: Side, push: Side, address: str | None = None) -> float:
-    """Microseconds a message between two fresh processes, as the receiver sees it; over ipc without an `address`."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
+def flood_row(
+    cell: Cell,
+    ways: Mapping[str, Group],
+    repeats: int,
+    kinds: Mapping[str, Kind],
+    ratios: Mapping[str, tuple[str, str]],
+) -> Row:
+    """As fast as may be, each way in turn."""
+
+    def once() -> Repeat:
+        return {name: value for way, group in ways.items() for name, value in group.flood(way).items()}
+
+    return settled(
+        once, partial(row, f"{cell.payload.link}: as fast as may be", str(cell), kinds=kinds, ratios=ratios), repeats
+    )
+
+
+def paced_row(cell: Cell, ways: Mapping[str, Group], rate: int, scope: Scope) -> Row:
+    def once() -> Repeat:
+        return {
+            name: value for way, group in ways.items() for name, value in group.paced(way, rate, scope.seconds).items()
+        }
+
+    kinds = {f"{way} {name}": US for way in ways for name in PERCENTILES}
+    ratios = {"ratio": ("link p50", "raw p50"), "p99 ratio": ("link p99", "raw p99")}
+    section = f"{cell.payload.link}: latency at a fixed rate"
+    return settled(once, partial(row, section, f"{cell}, {rate:,}/s", kinds=kinds, ratios=ratios), scope.repeats)
+
+
+# ── processes
+
+
+class Group:
+    """The ends of one cell, one way."""
+
+    def __init__(self, ends: Ends, members: Sequence[Member], setup: Setup) -> None:
+        self._ends, self._setup = ends, setup
+        self._members = members[:1] if setup.transport == "memory" else members[: 1 + setup.peers]
+
+    def start(self) -> None:
+        hub = self._ends.memory if self._setup.transport == "memory" else self._ends.hub
+        self._members[0].start(hub, self._setup)
+        for index, member in enumerate(self._members[1:]):
+            member.start(self._ends.spoke, self._setup, index)
+        for member in self._members:
+            member.answer()
+
+    def end(self) -> None:
+        for member in self._members:
+            member.end()
+
+    def flood(self, way: str) -> Repeat:
+        """Microseconds and CPU a message, megabytes a second."""
+        payload, peers = self._setup.payload, self._setup.peers
+        together = 1 if payload.link == "latest" else peers
+        messages = max(1, payload.flood // together)
+        warm_up = max(3, messages // 10)
+        cpu = self._cpu_s()
+        answers = self._carry_out([Order(messages, warm_up)] * (1 + peers))
+        cpu = self._cpu_s() - cpu
+        seconds = max(answer.seconds for answer in answers)
+        return {
+            way: seconds / (messages * together) * 1e6,
+            f"{way} rate": payload.nbytes * messages * peers / seconds / 1e6,
+            f"{way} CPU": cpu / ((messages + warm_up) * together) * 1e6,
+        }
+
+    def paced(self, way: str, rate: float, seconds: float) -> Repeat:
+        """Percentiles of the latency from the moment that each message was due, in microseconds."""
+        peers = self._setup.peers
+        each = rate if self._setup.payload.link == "latest" else rate / peers
+        order = Order(max(1, round(each * seconds)), rate=each)
+        answers = self._carry_out([order, *(replace(order, phase=index / peers) for index in range(peers))])
+        latencies = np.concatenate([np.asarray(answer.latencies, float) for answer in answers])
+        found = np.percentile(latencies, list(PERCENTILES.values())) * 1e6
+        return {f"{way} {name}": value for name, value in zip(PERCENTILES, found.tolist(), strict=True)}
+
+    def _carry_out(self, orders: Sequence[Order]) -> list[Answer]:
+        """The hub's answer, then the spokes'."""
+        if self._setup.transport == "memory":
+            self._members[0].tell(tuple(orders))
+            answers: list[Answer] = self._members[0].answer()
+            return answers
+        for member, order in zip(self._members, orders, strict=True):
+            member.tell(order)
+        return [member.answer() for member in self._members]
+
+    def _cpu_s(self) -> float:
+        return sum(member.cpu_s for member in self._members)
+
+
+@contextmanager
+def together(
+    cell: Cell, ways: Mapping[str, tuple[Ends, Sequence[Member]]], transports: Mapping[str, Transport] | None = None
+) -> Iterator[dict[str, Group]]:
+    """A cell's ends, for each way its own; over the cell's transport if no other is named."""
     with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
-        args = (case, address or f"ipc://{folder}/bench", theirs)
-        ends = [spawn.Process(target=_side, args=(side, *args)) for side in (pull, push)]
-        for end in ends:
-            end.start()
-        elapsed: float = ours.recv() if ours.poll(60) else float("nan")
-        for end in ends:
-            end.kill()
-            end.join()
-    return elapsed / case.messages * 1e6
+        groups = {}
+        for way, (ends, members) in ways.items():
+            at = replace(cell, transport=(transports or {}).get(way, cell.transport))
+            groups[way] = Group(ends, members, _setup(at, f"{folder}/{way}"))
+            groups[way].start()
+        yield groups
+        for group in groups.values():
+            group.end()
 
 
-def _side(side: Side, case: Case, address: str, result: Connection) -> None:
-    keep_freed_memory()  # as every node does; the bare pair gets the same
-    side(case, address, result)
+def _setup(cell: Cell, path: str) -> Setup:
+    address = {"memory": "memory://bench", "ipc": f"ipc://{path}"}.get(cell.transport) or free_address()
+    return Setup(cell.payload, cell.transport, cell.peers, address, f"ipc://{path}.acks", zmq.curve_keypair())
 
 
-def _warm_up(case: Case) -> int:
-    return max(100, case.messages // 10)
+def free_address() -> str:
+    """Of a link over tcp, which takes two ports in a row."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            port = first.getsockname()[1]
+            try:
+                socket.create_server(("127.0.0.1", port + 1)).close()
+            except (OSError, OverflowError):
+                continue
+            return f"tcp://127.0.0.1:{port}"
 
 
-def link_push(case: Case, address: str, _result: Connection, guard: Guard | None = None) -> None:
-    async def main() -> None:
-        bus = Bus("actor-0", 1, Ledger(), guard=guard)
-        sender = bus.sender("trajectories", {"learner-0": address})
-        layout = Layout("trajectory", PAYLOADS[case.payload])
-        for number in range(case.messages + _warm_up(case)):
-            await sender.send(layout.arena(), {"version": number})
-        await asyncio.sleep(60)  # until we are killed
-
-    asyncio.run(main())
-
-
-def link_pull(case: Case, address: str, result: Connection, guard: Guard | None = None) -> None:
-    async def main() -> None:
-        bus = Bus("learner-0", 1, Ledger(), guard=guard)
-        receiver = bus.receiver("trajectories", [address], case.window)
-        for _ in range(_warm_up(case)):
-            await receiver.recv()
-        began = time.perf_counter()
-        for _ in range(case.messages):
-            await receiver.recv()
-        result.send(time.perf_counter() - began)
-
-    asyncio.run(main())
-
-
-def _raw_push(case: Case, address: str, _result: Connection) -> None:
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.setsockopt(zmq.SNDHWM, case.window)
-        socket.setsockopt(zmq.LINGER, 5_000)
-        socket.connect(address)
-        size = len(Layout("trajectory", PAYLOADS[case.payload]).arena().encode("actor-0", 1, 0, {}))
-        for _ in range(case.messages + _warm_up(case)):
-            frame = np.empty(size, np.uint8).data  # a new one each time, as whoever produces data has
-            if size < COPY_BELOW:
-                socket.send(frame)
-            else:
-                socket.send(frame, copy=False)
-        time.sleep(60)  # until we are killed: an ipc sender that leaves takes the tail with it
-
-
-def _raw_pull(case: Case, address: str, result: Connection) -> None:
-    with zmq.Context() as context, context.socket(zmq.PULL) as socket:
-        socket.setsockopt(zmq.RCVHWM, case.window)
-        socket.bind(address)
-        for _ in range(_warm_up(case)):
-            socket.recv(copy=False)
-        began = time.perf_counter()
-        for _ in range(case.messages):
-            socket.recv(copy=False)
-        result.send(time.perf_counter() - began)
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    yield f"{'payload':<22}{'window':>7}{'link µs':>10}{'raw µs':>10}{'more µs':>10}{'ratio':>8}   spread of ratio"
-    for row in rows:
-        yield (
-            f"{row.payload:<22}{row.window:>7}{row.link_us:>10.1f}{row.raw_us:>10.1f}"
-            f"{row.link_us - row.raw_us:>10.1f}{row.ratio:>8.2f}   {row.spread[0]:.2f} to {row.spread[1]:.2f}"
-        )
+@contextmanager
+def fresh_keys() -> Iterator[None]:
+    """Keys of two hosts, where the processes that are started meanwhile find them."""
+    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
+        before = os.environ.get(keys.ENVIRONMENT)
+        os.environ[keys.ENVIRONMENT] = folder
+        try:
+            for peer in (link_ends.HUB_HOST, link_ends.SPOKE_HOST):
+                keys.new(peer.host)
+            yield
+        finally:
+            del os.environ[keys.ENVIRONMENT]
+            if before is not None:
+                os.environ[keys.ENVIRONMENT] = before

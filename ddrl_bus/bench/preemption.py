@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Final
 import gymnasium as gym
 import numpy as np
 
+from ddrl_bus.bench.report import MS, PER_S, RATIO, About, Kind, Row, row
 from ddrl_bus.launch import node, run_dir
 from ddrl_bus.launch.catalog import load_lock
 from ddrl_bus.launch.start import plan_of
@@ -52,46 +53,44 @@ class Case:
         """That environments sleep for an update: a rollout, or what the last worker plays in any case."""
         return UNROLL * STEP_S * max(1.0, self.slower * (LEAST if self.preempt else 1))
 
+    def __str__(self) -> str:
+        last = f"last {self.slower:g}× slower" if self.slower > 1 else "all alike"
+        return f"{self.workers} workers, {last}, preempt {self.preempt:g}"
+
 
 CASES: Final = (Case(1, 0), Case(SLOWER, 0), Case(SLOWER, 0.6))
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    slower: float
-    preempt: float
-    workers: int
-    least_ms: float
-    """an update takes, by the rule"""
-    update_ms: float
-    """it took, median"""
-    spread: tuple[float, float]
-    """quickest and slowest"""
-    ratio: float
-    """of the median to that of the first case"""
-    rows: float
-    """of a rollout of the last worker, mean"""
-    steps_per_s: float
-    """of all workers"""
+ABOUT: Final = About(
+    bench="preemption",
+    title="What one slow worker costs those that train in step with it, and what preemption saves",
+    method=f"""Real runs of the topology ddppo, one after the other: {WORKERS} workers whose environments only
+sleep, so that few cores do. In two of them the last worker's steps take {SLOWER:g} times as long; in one of these
+the others may end its rollout early.""",
+    reading=f"""Least is what an update takes by the rule, from the sleeping alone. The figure to look at is an
+update's time; its spread is over the updates of one run. Rows are what the slow worker plays of {UNROLL}.""",
+)
+KINDS: Final = {
+    "update": MS,
+    "least": Kind("ms", ""),
+    "of all alike": RATIO,
+    "its rows": Kind("", ""),
+    "steps": PER_S,
+}
 
 
 def measure(updates: int = 20, cases: Sequence[Case] = CASES) -> Iterator[Row]:
-    """A row for each case."""
+    """A row for each case; an update is a repeat."""
     first = None
     for case in cases:
         seconds, steps = _run(case, updates)  # [updates + 1], [updates + 1, workers]
-        took, played = np.diff(seconds) * 1e3, steps[-1] - steps[0]
-        median = float(np.median(took))
-        first = first or median
-        yield Row(
-            **asdict(case),
-            least_ms=case.least_s * 1e3,
-            update_ms=median,
-            spread=(float(took.min()), float(took.max())),
-            ratio=median / first,
-            rows=float(played[-1] / updates),
-            steps_per_s=float(played.sum() / (seconds[-1] - seconds[0])),
-        )
+        took, played = np.diff(seconds) * 1e3, np.diff(steps, axis=0)
+        first = first or float(np.median(took))
+        found = [
+            {"update": ms, "least": case.least_s * 1e3, "of all alike": ms / first, "its rows": rows[-1], "steps": rate}
+            for ms, rows, rate in zip(took.tolist(), played.tolist(), played.sum(axis=1) / took * 1e3, strict=True)
+        ]
+        yield row("time of an update", str(case), found, KINDS)
 
 
 def _run(case: Case, updates: int) -> tuple[Any, Any]:
@@ -185,15 +184,3 @@ class Sleepy(gym.Env[Any, Any]):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         time.sleep(self._step_s)
         return self._obs, 0.0, False, False, {}
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    head = f"{'one worker':<20}{'preempt':>8}{'least ms':>10}{'ms an update':>14}"
-    yield f"{head}  quickest, slowest{'ratio':>7}{f'its rows of {UNROLL}':>17}{'steps/s':>9}"
-    for row in rows:
-        who = f"of {row.workers}, {row.slower:g}x slower" if row.slower > 1 else f"of {row.workers}, as the others"
-        yield (
-            f"{who:<20}{row.preempt:>8g}{row.least_ms:>10.0f}{row.update_ms:>14.0f}"
-            f"{row.spread[0]:>10.0f}{row.spread[1]:>9.0f}{row.ratio:>7.2f}{row.rows:>17.1f}{row.steps_per_s:>9.0f}"
-        )

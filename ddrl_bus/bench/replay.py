@@ -27,6 +27,7 @@ import numpy as np
 import zmq
 
 from ddrl_bus.algos.spaces import Spaces
+from ddrl_bus.bench.report import MB_PER_S, PER_S, About, Row, row
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.launch.start import plan_of
 from ddrl_bus.messages import Sample, Trajectory, fields_of
@@ -67,19 +68,18 @@ Step = Callable[[], Awaitable[int]]
 """Moves something, and says how many items."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Items a second, medians over the repeats; the ratios are medians of the paired ones."""
-
-    payload: str
-    what: str
-    bare: float
-    node: float
-    raw: float
-    mb_per_s: float
-    """through the node"""
-    of_bare: float
-    of_raw: float
+ABOUT: Final = About(
+    bench="replay",
+    title="What a replay node costs over its buffer and the sockets under it",
+    method="""Three ways, turn by turn: a process that sends unrolls, a replay node, and a process that draws
+batches and writes their priorities back, over ipc (node); the same calls on a buffer in one process (bare); frames
+of the same sizes between processes through PUSH/PULL and DEALER/ROUTER of pyzmq, which store and draw nothing
+(raw). Nothing is compressed.""",
+    reading="Items a second, and the megabytes a second that they are through the node. Of ratios more is better.",
+    baseline="bare sockets, which store nothing",
+)
+KINDS: Final = {**dict.fromkeys(WAYS, PER_S), "node rate": MB_PER_S}
+RATIOS: Final = {"of raw": ("node", "raw"), "of bare": ("node", "bare")}
 
 
 def measure(repeats: int = 3, seconds: float = 0.4) -> Iterator[Row]:
@@ -94,14 +94,9 @@ def measure(repeats: int = 3, seconds: float = 0.4) -> Iterator[Row]:
         for turn in TURNS:
             for place, what in enumerate(turn):
                 words = " beside ".join((what, *(other for other in turn if other != what)))
-                rates = {way: np.array([rates[turn, way][place] for rates in rounds]) for way in WAYS}
-                yield _row(case.payload, words, rates, sizes[what])
-
-
-def _row(payload: str, what: str, rates: Mapping[str, Array], size: float) -> Row:
-    bare, node, raw = (float(np.median(rates[way])) for way in WAYS)
-    of_bare, of_raw = (float(np.median(rates["node"] / rates[way])) for way in ("bare", "raw"))
-    return Row(payload, what, bare, node, raw, node * size / 1e6, of_bare, of_raw)
+                found = [{way: rates[turn, way][place] for way in WAYS} for rates in rounds]
+                found = [each | {"node rate": each["node"] * sizes[what] / 1e6} for each in found]
+                yield row(f"items a second, {case.payload}", words, found, KINDS, RATIOS)
 
 
 def _turn(pipes: Mapping[str, Connection], whats: tuple[str, ...], way: str, seconds: float) -> list[float]:
@@ -316,14 +311,3 @@ def _raw(kind: int, path: str, *, bind: bool = False) -> zmq.Socket[bytes]:
         socket.set_hwm(WINDOW)
     (socket.bind if bind else socket.connect)(f"ipc://{path}.raw")
     return socket
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    head = f"{'payload':<18}{'thousands a second':<28}{'bare':>8}{'node':>8}{'raw':>8}{'node MB/s':>11}"
-    yield f"{head}{'node/bare':>11}{'node/raw':>10}"
-    for row in rows:
-        yield (
-            f"{row.payload:<18}{row.what:<28}{row.bare / 1e3:>8.0f}{row.node / 1e3:>8.0f}{row.raw / 1e3:>8.0f}"
-            f"{row.mb_per_s:>11.0f}{row.of_bare:>11.2f}{row.of_raw:>10.2f}"
-        )

@@ -13,14 +13,17 @@ import asyncio
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Final
 
 import numpy as np
 import zmq
 
+from ddrl_bus.bench.raw_socket import RawSocket
+from ddrl_bus.bench.report import US, About, Repeat, Row, row, settled
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.bus import Bus
@@ -65,30 +68,29 @@ FIELDS: Final = {"group": 0, "step": 0, "begins": False, "returns": [], "lengths
 SAID: Final = {"version": 0, "learner_epoch": 0}
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Microseconds a round trip, medians over the repeats; the ratios are medians of the paired ones."""
-
-    payload: str
-    link_us: float
-    raw_us: float
-    link_p99_us: float
-    raw_p99_us: float
-    ratio: float
-    ratio_p99: float
-    spread: tuple[float, float]
+ABOUT: Final = About(
+    bench="requests",
+    title="What a round trip of the request link costs over the sockets under it",
+    method="""An actor asks, an inference node answers: arrays through our client and server, which pack and unpack
+them, and as many opaque bytes through a bare DEALER/ROUTER pair of pyzmq, driven by asyncio as ours is. Two
+processes over ipc, fifty round trips through one and fifty through the other in turn.""",
+    reading="Microseconds from question to answer: the median of the trips, and what one in a hundred exceeds.",
+    baseline="the bare socket pair",
+)
+KINDS: Final = dict.fromkeys(("link", "raw", "link p99", "raw p99"), US)
+RATIOS: Final = {"ratio": ("link", "raw"), "p99 ratio": ("link p99", "raw p99")}
 
 
 def measure(repeats: int = 5) -> Iterator[Row]:
     """One row per case."""
     for number, case in enumerate(CASES):
-        # [repeats, 2 ways, 2 figures]
-        times = np.array([[np.percentile(way, (50, 99)) for way in _trips(number)] for _ in range(repeats)]) * 1e6
-        (link, link_p99), (raw, raw_p99) = np.median(times, axis=0).tolist()
-        ratios = times[:, 0] / times[:, 1]
-        ratio, ratio_p99 = np.median(ratios, axis=0).tolist()
-        spread = float(ratios[:, 0].min()), float(ratios[:, 0].max())
-        yield Row(case.payload, link, raw, link_p99, raw_p99, ratio, ratio_p99, spread)
+        make = partial(row, "round trips", case.payload, kinds=KINDS, ratios=RATIOS)
+        yield settled(partial(_once, number), make, repeats)
+
+
+def _once(number: int) -> Repeat:
+    (link, link_p99), (raw, raw_p99) = ((np.percentile(way, (50, 99)) * 1e6).tolist() for way in _trips(number))
+    return {"link": link, "raw": raw, "link p99": link_p99, "raw p99": raw_p99}
 
 
 def _trips(number: int) -> tuple[list[float], list[float]]:
@@ -114,7 +116,7 @@ def _serve(number: int, folder: str, _result: Connection) -> None:
 async def _answers(case: Case, folder: str) -> None:
     server = Bus("inference-0", 1, Ledger()).server("act", [f"{folder}/link"])
     frame = np.frombuffer(wire.encode("actions", "inference-0", 1, 1, SAID, case.down), np.uint8)
-    raw = _Raw(zmq.ROUTER, lambda parts: raw.send(parts[0].bytes, frame.copy().data))
+    raw = RawSocket(zmq.ROUTER, lambda parts: raw.send(parts[0].bytes, frame.copy().data))
     raw.socket.bind(f"{folder}/raw")
     await server.serve(lambda request: request.answer("actions", SAID, _anew(case.down)))
 
@@ -132,7 +134,7 @@ async def _both(case: Case, folder: str) -> tuple[list[float], list[float]]:
     client = Bus("actor-0", 1, Ledger()).client("act", f"{folder}/link")
     frame = np.frombuffer(wire.encode("act", "actor-0", 1, 1, FIELDS, case.up), np.uint8)
     answer: asyncio.Future[None]
-    raw = _Raw(zmq.DEALER, lambda _parts: answer.set_result(None))
+    raw = RawSocket(zmq.DEALER, lambda _parts: answer.set_result(None))
     raw.socket.connect(f"{folder}/raw")
 
     async def through_link() -> float:
@@ -157,36 +159,3 @@ async def _both(case: Case, folder: str) -> tuple[list[float], list[float]]:
         if block < 0:
             trips = ([], [])
     return trips
-
-
-class _Raw:
-    """A bare socket: called back when its descriptor says so, and drained without waiting."""
-
-    def __init__(self, kind: int, on_message: Callable[[list[zmq.Frame]], None]) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
-        self._on_message = on_message
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self.socket.getsockopt(zmq.FD), self._drain)
-
-    def send(self, *parts: bytes | memoryview) -> None:
-        self.socket.send_multipart(parts, zmq.NOBLOCK)
-        self._loop.call_soon(self._drain)  # a send can swallow the descriptor's edge
-
-    def _drain(self) -> None:
-        while True:
-            try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            self._on_message(parts)
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    head = f"{'payload':<20}{'link µs':>9}{'raw µs':>9}{'link p99':>10}{'raw p99':>10}{'ratio':>8}{'p99':>7}"
-    yield f"{head}   spread of ratio"
-    for row in rows:
-        yield (
-            f"{row.payload:<20}{row.link_us:>9.1f}{row.raw_us:>9.1f}{row.link_p99_us:>10.1f}{row.raw_p99_us:>10.1f}"
-            f"{row.ratio:>8.2f}{row.ratio_p99:>7.2f}   {row.spread[0]:.2f} to {row.spread[1]:.2f}"
-        )

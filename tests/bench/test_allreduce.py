@@ -15,13 +15,17 @@ from ddrl_bus.nodes.collective import Collective, Rendezvous
 
 def test_a_row_for_each_size() -> None:
     rows = list(allreduce.measure(ranks=(2,), sizes=(1_000, 40_000), repeats=2))
-    assert [row.ranks for row in rows] == [2, 2]
-    assert [row.bytes for row in rows] == pytest.approx([1_000, 40_000], rel=0.03)
+    words = [row.name.replace(",", "").split() for row in rows]
+    assert [name[:2] for name in words] == [["2", "processes"]] * 2
+    assert [int(name[2]) for name in words] == pytest.approx([1_000, 40_000], rel=0.03)
     for row in rows:
-        assert min(row.bare_us, row.sum_us, row.pooled_us) > 0
-        assert row.sum_spread[0] <= row.sum_ratio <= row.sum_spread[1]
-        assert row.pooled_spread[0] <= row.pooled_ratio <= row.pooled_spread[1]
-    assert len(list(allreduce.rows_as_text(iter(rows)))) == 1 + len(rows)
+        bare, summed, pooled = (row.figures[way].values for way in allreduce.WAYS)
+        assert len(bare) == 2
+        assert min(*bare, *summed, *pooled) > 0
+        assert row.figures["sum ratio"].values == pytest.approx(
+            [ours / b for ours, b in zip(summed, bare, strict=True)]
+        )
+        assert row.figures["pooled ratio"].values == pytest.approx([p / b for p, b in zip(pooled, bare, strict=True)])
 
 
 @pytest.mark.parametrize("wrong", ["", "bare", "sum", "pooled"])

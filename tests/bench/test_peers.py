@@ -1,0 +1,32 @@
+"""What is installed is measured in turn with ours, and what is not says so."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+
+from ddrl_bus.bench import peers
+from ddrl_bus.bench.peers import PEERS, Peer, Task
+
+TASKS = (Task("stream", 16 << 10, 20), Task("round trip", 64, 10))
+
+
+@pytest.mark.parametrize("peer", [p for p in PEERS if p.needs != "ray"], ids=lambda peer: peer.name)
+def test_rows_of_a_peer(peer: Peer) -> None:
+    if importlib.util.find_spec(peer.needs) is None:
+        pytest.skip(f"{peer.needs} is not installed")
+    rows = list(peers.measure([peer], TASKS, repeats=1))
+    assert [row.name for row in rows] == [f"{peer.name}, stream of 16 KB", f"{peer.name}, round trip of 64 B"]
+    for row in rows:
+        values = {name: figure.median for name, figure in row.figures.items()}
+        assert min(values.values()) > 0
+        assert values["ahead"] == pytest.approx(values["peer"] / values["ours"])
+        assert row.figures["ahead"].kind.better == "more"
+    assert rows[0].figures["peer rate"].median == pytest.approx((16 << 10) / rows[0].figures["peer"].median)
+
+
+def test_what_is_not_installed() -> None:
+    rows = list(peers.measure([replace(PEERS[0], needs="no_such_library")], TASKS))
+    assert [(row.note, dict(row.figures)) for row in rows] == [("not installed", {})] * 2
