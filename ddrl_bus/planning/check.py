@@ -25,6 +25,7 @@ import psutil
 
 from ddrl_bus.bench import history
 from ddrl_bus.errors import DdrlError, UsageError
+from ddrl_bus.launch.catalog import load_lock
 from ddrl_bus.launch.closing import CLOSING, lives
 from ddrl_bus.launch.run_dir import read_json, write
 from ddrl_bus.launch.start import plan_of
@@ -79,14 +80,20 @@ def measured(run: Path) -> Figures:
     }
 
 
-def _bytes(run: Path) -> dict[str, int]:
-    """Link → bytes that its ends counted as sent (as arrived, where only that is counted)."""
-    found: dict[str, int] = {}
+def _bytes(run: Path) -> dict[str, float]:
+    """Link → bytes that its senders counted; weights are counted once, and go to each that listens."""
+    found: dict[str, float] = {}
     for counters in lives(run):
         for name, value in counters.items():
             link, _, what = name.rpartition("/")
             if what == "bytes_out" and value:
                 found[link] = found.get(link, 0) + value
+    plan = load_lock(run, starts=False)
+    for name in found.keys() & {name for name, link in plan.links.items() if link.kind == "latest"}:
+        publishers, listeners = (
+            len(list(plan.members(end))) for end in (plan.links[name].sources, plan.links[name].targets)
+        )
+        found[name] *= listeners / publishers
     return found
 
 

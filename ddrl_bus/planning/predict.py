@@ -64,7 +64,7 @@ def predict(plan: Plan, costs: Costs, setting: Setting = Setting()) -> Predictio
         actors,
         rate["env_steps"],
         rate["updates"] / (len(trained) if model.barrier else 1),
-        1 - sum(trained) / len(trained),
+        max(0.0, 1 - sum(trained) / len(trained)),
         (after["lag"] - before["lag"]) / lagged if lagged else None,
         {name.removeprefix("bytes "): value for name, value in rate.items() if name.startswith("bytes ")},
         _memory(model),
