@@ -383,7 +383,7 @@ class Catalog:
 
 # ── hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _DNS = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63}){0,10}\.?")
 GROUP_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 ADDRESS = "an address that other hosts can dial, such as 10.0.0.5, gpu0.lan, [fd00::5], or 10.0.0.5:7177"
@@ -419,7 +419,7 @@ def check_hosts(node: Node | None, problems: Problems) -> dict[str, str]:
     hosts = {}
     for name, child in node.value.items():
         path = dotted(("hosts", name))
-        if not _HOST_NAME.fullmatch(name):
+        if not HOST_NAME.fullmatch(name):
             problems.add(child.key_at or child, path, "a host name is letters, digits, '.', '_' and '-'")
         split = split_address(child.value) if isinstance(child.value, str) else None
         if split is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -52,12 +52,35 @@ class Access:
         binds: addresses that it binds and guards.
         servers: address that it dials → whose key must answer.
         guests: link → node → where that node, which may come over the link, is to be.
+        hosts: whose holders of keys may add nodes to the run, named `GROUP-NUMBER.HOST`.
+        added: link → group → kind of those that may come over the link.
     """
 
     plain: frozenset[str] = NOBODY
     binds: frozenset[str] = NOBODY
     servers: Mapping[str, Peer] = field(default_factory=dict)
     guests: Mapping[str, Mapping[str, Peer]] = field(default_factory=dict)
+    hosts: frozenset[str] = NOBODY
+    added: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+class Speakers(frozenset[str]):
+    """Nodes that somebody may speak for: these of the plan, and what is added to (group, host)."""
+
+    __slots__ = ("added",)
+    added: frozenset[tuple[str, str]]
+
+    def __new__(cls, names: Iterable[str] = (), added: Iterable[tuple[str, str]] = ()) -> Speakers:
+        self = super().__new__(cls, names)
+        self.added = frozenset(added)
+        return self
+
+    def __contains__(self, node: object) -> bool:
+        name, _, host = str(node).partition(".")
+        return super().__contains__(node) or (name.rpartition("-")[0], host) in self.added
+
+    def __bool__(self) -> bool:
+        return bool(len(self) or self.added)
 
 
 class Guard:
@@ -85,7 +108,7 @@ class Guard:
         self._told: set[tuple[str, str]] = set()
         self._refusals: dict[str, deque[float]] = {}
         self._until: dict[str, float] = {}
-        self._speakers: dict[tuple[str, str], frozenset[str]] = {}
+        self._speakers: dict[tuple[str, str], Speakers] = {}
         self._by_key: Mapping[str, list[Entry]] = {}
         if pair is not None and allowed.refresh():
             self._take_list()
@@ -125,7 +148,7 @@ class Guard:
         self._tell(link, user, address.decode(errors="replace"))
         return [b"1.0", number, b"300", b"not allowed", b"", b""]
 
-    def speakers(self, link: str, user: str) -> frozenset[str]:
+    def speakers(self, link: str, user: str) -> Speakers:
         """The nodes that the holder of a key may speak for on a link; nobody for a stranger, or one shut out."""
         if self._until and self._now() >= self._until.get(user, float("inf")):
             self._release(user)
@@ -133,11 +156,15 @@ class Guard:
         if found is None:
             entries = [] if user in self._until else self._by_key.get(user, [])
             guests = self._access.guests.get(link, {})
-            found = frozenset(
+            named = (
                 node
                 for node, peer in guests.items()
                 if any(entry.name == peer.host and may(entry, peer.kind) for entry in entries)
             )
+            hosts = [entry for entry in entries if entry.name in self._access.hosts]
+            groups = self._access.added.get(link, {}).items()
+            added = ((group, entry.name) for group, kind in groups for entry in hosts if may(entry, kind))
+            found = Speakers(named, added)
             if entries:  # strangers are without number
                 self._speakers[link, user] = found
         return found
