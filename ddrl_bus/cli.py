@@ -426,6 +426,21 @@ def preemption(updates: int, as_json: bool) -> None:
     _print_rows(measure(updates), rows_as_text, as_json)
 
 
+@bench.command()
+@click.option("--count", default="10,50,100,200", show_default=True, metavar="N,...", callback=_numbers, help="Actors.")
+@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="Measured of each.")
+@as_json
+@debug
+def actors(count: list[int], seconds: int, as_json: bool) -> None:
+    """What one more actor costs the controller and the learner.
+
+    Real processes that send a recorded unroll twice a second each, in place of environments; they join, send and leave.
+    """
+    from ddrl_bus.bench.actors import measure, rows_as_text
+
+    _print_rows(measure(count, seconds), rows_as_text, as_json)
+
+
 def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:
     if as_json:
         import dataclasses

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from ddrl_bus.errors import DdrlError
-from ddrl_bus.launch import logs, malloc, run_dir
+from ddrl_bus.launch import files, logs, malloc, run_dir
 from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
 
@@ -39,10 +39,11 @@ def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> in
     names = [node.name for node in plan.process(name)]
     malloc.keep_freed_memory()
     if parent is not None:
-        _die_with(parent)
+        die_with(parent)
     with contextlib.ExitStack() as stack:
         written = [stack.enter_context(logs.attached(folder, node, _logger(node, names))) for node in names]
         try:
+            files.raise_limit(plan, names)
             with asyncio.Runner(debug=False, loop_factory=_loop_factory()) as runner:
                 runner.run(_serve(plan, names, folder, supervised=parent is not None))
         except Exception as error:
@@ -111,7 +112,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return factory
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Get SIGTERM when `parent` is gone, however it went (Linux; elsewhere its supervisor has to end it)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -259,6 +259,16 @@ class Plan:
         others = link.targets if link.binding_side == "out" else link.sources
         return (peer for peer in self.members(others) if peer.host != node.host and _meet(link, node, peer))
 
+    def connections(self, node_name: str) -> int:
+        """How many the nodes of the plan make to what this one binds."""
+        node, count = self.nodes.get(node_name), 0
+        for link in self.links.values():
+            if node is not None and (node_name, link.name) in self.binds:
+                others = link.targets if link.binding_side == "out" else link.sources
+                peers = sum(peer is not node and _meet(link, node, peer) for peer in self.members(others))
+                count += TCP_PORTS[link.kind] * peers
+        return count
+
     @cached_property
     def binds(self) -> dict[tuple[str, str], Bind]:
         """(node, link) -> what it binds. Each host's tcp ports count up: progress, control, then as written."""
