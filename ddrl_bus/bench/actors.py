@@ -83,9 +83,10 @@ def _run(count: int, seconds: float, folder: Path) -> Row:
     plan = plan_of("quickstart", _overrides(count), probe=False, fresh=True)
     run_dir.create(plan, path=folder, command=sys.argv, started=time.time())
     with run_dir.sockets(plan), contextlib.ExitStack() as stack:
-        commands = {name: ("ddrl_bus.launch.node", *_node(name, folder)) for name in SERVICES}
-        commands["actors"] = ("ddrl_bus.bench.actors", str(folder))
-        processes = {name: stack.enter_context(_process(*command)) for name, command in commands.items()}
+        node = "ddrl_bus.launch.node"
+        processes = {name: stack.enter_context(_process(node, *_node(name, folder))) for name in SERVICES}
+        _until(lambda: _sum(folder, "learner-0", "weights/messages_out") > 0, "the learner's weights", processes)
+        processes["actors"] = stack.enter_context(_process("ddrl_bus.bench.actors", str(folder)))
         began = _until(lambda: _at_work(folder) > 0, "the first actor", processes)
         joined = _until(lambda: _at_work(folder) == count, f"{count} actors", processes)
         time.sleep(WARM_UP_S)
@@ -143,14 +144,18 @@ def _at_work(folder: Path) -> int:
 
 def _used(processes: Mapping[str, Process], folder: Path) -> dict[str, float]:
     """CPU seconds of the services so far, and unrolls that were trained on."""
-    (page,) = (folder / "ledger").glob("learner-0@*.page")
     stats = {
         name: Path(f"/proc/{processes[name].pid}/stat").read_text().rpartition(")")[2].split() for name in SERVICES
     }
     cpu = {
         name: (int(stat[11]) + int(stat[12])) / _TICKS_PER_S for name, stat in stats.items()
     }  # proc(5): utime, stime
-    return {**cpu, "unrolls": ledger.read(page).get("trajectories/trained", 0)}
+    return {**cpu, "unrolls": _sum(folder, "learner-0", "trajectories/trained")}
+
+
+def _sum(folder: Path, node: str, what: str) -> int:
+    """Over the lives of a node, from their pages."""
+    return sum(ledger.read(page).get(what, 0) for page in (folder / "ledger").glob(f"{node}@*.page"))
 
 
 def _memory(pid: int, key: str, file: str) -> float:

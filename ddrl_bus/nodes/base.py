@@ -31,9 +31,10 @@ from ddrl_bus.algos.base import Algorithm, Windows
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
 from ddrl_bus.experience import Unrolls, UnrollSchema
-from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, Replica, fields_of, parse
+from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, Replica, parse
 from ddrl_bus.metrics import shares
 from ddrl_bus.nodes import access
+from ddrl_bus.nodes.reports import reported
 from ddrl_bus.topology.exposure import insecure_links
 from ddrl_bus.topology.plan import NodePlan, Plan, Port
 from ddrl_bus.transport.bus import Bus
@@ -316,7 +317,7 @@ class Node(ABC):
     async def _beat(self, error: str | None = None) -> None:
         progress = self.progress(error)
         try:
-            answer = await self._controller.request(Progress.KIND, fields_of(progress), timeout_s=ANSWER_S)
+            answer = await self._controller.request(Progress.KIND, *reported(progress), timeout_s=ANSWER_S)
         except UnreachableError:
             self._unanswered += 1
             if self._unanswered.bit_count() == 1:  # the first, and ever more seldom

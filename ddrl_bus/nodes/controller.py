@@ -23,11 +23,23 @@ import numpy as np
 
 from ddrl_bus import __version__
 from ddrl_bus.errors import UsageError, WireError
-from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Join, Joined, Phase, Progress, fields_of, parse
+from ddrl_bus.messages import (
+    STATUS,
+    STOP,
+    Control,
+    Evaluation,
+    Join,
+    Joined,
+    Phase,
+    Progress,
+    fields_of,
+    parse,
+)
 from ddrl_bus.metrics import JsonLines, finite, shares
 from ddrl_bus.nodes.added import Added
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.nodes.membership import Membership
+from ddrl_bus.nodes.reports import report_of
 from ddrl_bus.topology.schema import MAX_NODES
 from ddrl_bus.transport.ledger import read
 from ddrl_bus.transport.links import Request, life
@@ -141,7 +153,7 @@ class Controller(Node):
 
     def _on_progress(self, request: Request) -> None:
         message = request.message
-        progress = parse(Progress, message)
+        progress = report_of(message)
         known = self.members.get(message.node)
         if progress.topology != self.plan.run_id or not (known or self._may_be(message.node)):
             request.refuse(
