@@ -687,6 +687,21 @@ def _echo(answer: Any, as_json: bool) -> None:
         click.echo(line)
 
 
+@bench.command()
+@click.option("--count", default="10,50,100,200", show_default=True, metavar="N,...", callback=_numbers, help="Actors.")
+@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="Measured of each.")
+@as_json
+@debug
+def actors(count: list[int], seconds: int, as_json: bool) -> None:
+    """What one more actor costs the controller and the learner.
+
+    Real processes that send a recorded unroll twice a second each, in place of environments; they join, send and leave.
+    """
+    from ddrl_bus.bench.actors import measure, rows_as_text
+
+    _print_rows(measure(count, seconds), rows_as_text, as_json)
+
+
 def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:
     if as_json:
         import dataclasses
@@ -701,11 +716,15 @@ def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-t", "--topology", metavar="TOPO", help="The same file and KEY=VALUEs on every host.")
 @click.option(
-    "--join", metavar="tcp://[HEAD@]ADDRESS:PORT", help="Instead of a file: the head of the run sends the topology."
+    "--join",
+    metavar="tcp://[HEAD@]ADDRESS:PORT",
+    help="Instead of a file: the head of the run sends the topology. With --add on the head's machine also RUN.",
 )
 @click.option("--import", "modules", multiple=True, metavar="MODULE", help="The head may have this one imported.")
 @click.option("--name", help="Run this node or index of a bundle, in this process.")
-@click.option("--host", help="Run all nodes of this host.")
+@click.option("--host", help="Run all nodes of this host; with --add: this machine's name.")
+@click.option("--add", metavar="GROUP", help="With --join: actors beside those of the topology, until you stop them.")
+@click.option("--count", type=click.IntRange(min=1), help="With --add: how many; default: 1.")
 @click.option("--leash", is_flag=True, help="Drain when stdin ends: how ssh takes it along.")
 @as_json
 @run_dir_option
@@ -718,6 +737,8 @@ def ddrl_node(
     modules: Sequence[str],
     name: str | None,
     host: str | None,
+    add: str | None,
+    count: int | None,
     leash: bool,
     as_json: bool,
     run_dir: Path | None,
@@ -731,6 +752,18 @@ def ddrl_node(
 
     if (topology is None) == (join is None):
         raise UsageError("give either -t TOPO or --join tcp://HEAD:PORT")
+    if add is not None:
+        if name is not None:
+            raise UsageError("--add GROUP and --name: the run itself names what is added")
+        if overrides:
+            raise UsageError(f"{overrides[0]}: the run's topology holds for added nodes too")
+        if join is None:
+            raise UsageError("--add GROUP goes with --join, to a run that goes on")
+        if leash:
+            ssh.leash()
+        _end(start.added(join, add, count or 1, host, modules, path=run_dir, started=started), as_json)
+    if count is not None:
+        raise UsageError("--count says how many to --add; give --add GROUP too")
     if (name is None) == (host is None):
         raise UsageError("give either --name NODE or --host HOST")
     if join is not None and overrides:

@@ -236,14 +236,17 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Somebody on another host asks the controller for the topology, to run the share of `host`, or one process."""
+    """Somebody asks the controller for the topology, to run the share of `host`, one process, or added nodes."""
 
     KIND: ClassVar[str] = "join"
     versions: dict[str, str | None]
     """Of that installation."""
     host: str = ""
-    """As the topology names it."""
+    """As the topology names it; where nodes are added, a name of its own will do."""
     process: str = ""
+    group: str = ""
+    """To which `count` nodes are to be added."""
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +262,8 @@ class Joined:
     """Node that is asked for → epoch of its newest life, if there was one."""
     present: list[str]
     """Nodes that are asked for and are there already."""
+    added: list[str] = field(default_factory=list)
+    """Names of the nodes to add, which nobody else is given."""
 
 
 STATUS: str = "status"

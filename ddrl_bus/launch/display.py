@@ -97,7 +97,7 @@ def line(status: Status) -> str:
         f"return {number(status.get('return'), 1)} (best {number(status.get('best_return'), 1)})  "
         f"steps {number(status.get('env_steps'))}  {number(status.get('steps_per_s'))}/s  "
         f"updates {number(status.get('updates'))}  lag {number(lag, 1)}  queue {number(queue)}  "
-        f"overhead {' '.join(shares)}"
+        f"overhead {' '.join(shares)}{turnout(status)}"
     )
 
 
@@ -139,7 +139,7 @@ def table(status: Status) -> RenderableType:
     body = (
         f"return {number(status.get('return'), 1)} (best {number(status.get('best_return'), 1)})   "
         f"env steps {number(status.get('env_steps'))}   {number(status.get('steps_per_s'))} steps/s   "
-        f"updates {number(status.get('updates'))}"
+        f"updates {number(status.get('updates'))}{turnout(status)}"
     )
     return Group(Text(head, style="bold"), Text(body), nodes, *_links(status))
 
@@ -155,6 +155,12 @@ def _links(status: Status) -> Iterator[RenderableType]:
         links.add_row(name, size(link["bytes_in"]), link["terms"])
     if links.row_count:
         yield links
+
+
+def turnout(status: Status) -> str:
+    """What became of the nodes that were added; "" where there were none."""
+    added = status.get("added") or {}
+    return "  added " + ", ".join(f"{count} {what}" for what, count in added.items()) if any(added.values()) else ""
 
 
 def cell(gauges: Mapping[str, float], title: str) -> str:

@@ -6,6 +6,7 @@ The host of the controller is the head. The others need no file: they ask it for
 from __future__ import annotations
 
 import contextlib
+import platform
 import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,12 @@ def this_host(plan: Plan) -> str:
             "a host is started there, or wherever you say so with `ddrl-node -t TOPO --host HOST`"
         )
     return head_of(plan) if head_of(plan) in here else here[0]
+
+
+def guest_host(plan: Plan) -> str:
+    """What to call this machine where it adds nodes to a run: as `hosts` does, or else by its own name."""
+    here = (host for host, address in plan.hosts.items() if host != head_of(plan) and is_here(address))
+    return next(here, platform.node().partition(".")[0])
 
 
 def is_here(address: str) -> bool:

@@ -92,6 +92,29 @@ async def join(address: str, wanted: Join, note: Note, modules: Collection[str] 
     return Share(plan, host, joined.lives)
 
 
+async def topology_of(address: str, note: Note, modules: Collection[str] = ()) -> Plan:
+    """What the head at `address` runs, which can be run here too.  Raises: as `join`."""
+    message = await _asked(address, Join(versions()), note)
+    joined = parse(Joined, message)
+    plan = _plan(message, joined, address)
+    _check_import(plan, address, modules)
+    _compare(plan, "this machine", joined, note)
+    return plan
+
+
+async def granted(address: str, group: str, count: int, host: str) -> list[str]:
+    """Names for so many nodes that are added there to the run whose controller is at `address`, nobody else's.
+
+    Raises:
+        RemoteError: the run takes none, or is ending.
+        UnreachableError: nobody answers.
+    """
+    wanted = Join(versions(), host=host, group=group, count=count)
+    with remote.controller(address, host) as head:
+        answer = await head.ask(Join.KIND, fields_of(wanted), timeout_s=LEAVE_S)
+    return parse(Joined, answer).added
+
+
 async def _asked(address: str, wanted: Join, note: Note) -> Message:
     began, again = time.monotonic(), FIRST_S
     hint = remote.hint(address, wanted.host)

@@ -45,6 +45,8 @@ STATUS_S: Final = 1.0
 FAR_STATUS_S: Final = 5.0
 HEAD_LOST_S: Final = 600.0
 """A share without the controller ends when that has not answered for so long, once it had."""
+ADDED_LOST_S: Final = 60.0
+"""The same for nodes that were added to a run, which can be added again."""
 START_ORDER: Final[Sequence[str]] = (  # the slowest to start first
     "param_server",
     "learner",
@@ -95,6 +97,7 @@ class Supervisor:
 
     Args:
         lines: other host → what to type there.
+        added: names of nodes that are added to the run, and all that this one runs.
         remotes: name → command of a process that runs another host's share, until its stdin ends (`launch/ssh.py`).
     """
 
@@ -107,17 +110,18 @@ class Supervisor:
         *,
         lines: Mapping[str, str] | None = None,
         remotes: Mapping[str, Sequence[str]] | None = None,
+        added: Sequence[str] = (),
     ) -> None:
         self.failure: Failure | UnreachableError | None = None
         self.restarts = 0
         self._plan = plan
         self._folder = folder
         self._display = display
-        self._plans: Mapping[str, Sequence[NodePlan]] = {
-            node.process: plan.process(node.process) for node in plan.on_host(host)
-        }
+        names = added or [node.process for node in plan.on_host(host)]
+        self._plans: Mapping[str, Sequence[NodePlan]] = {name: plan.process(name) for name in names}
         self._host = host
-        self._is_head = head_of(plan) == host
+        self._is_head = head_of(plan) == host and not added
+        self._patience_s = ADDED_LOST_S if added else HEAD_LOST_S
         self._lines, self._remotes = lines or {}, remotes or {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._left: set[str] = set()
@@ -303,8 +307,8 @@ class Supervisor:
                     heard = loop.time()
                     if self.has_controller:
                         self._display.show(status)
-                elif not self._is_head and heard is not None and loop.time() - heard > HEAD_LOST_S:
-                    self.failure = UnreachableError(f"the head has not answered for {HEAD_LOST_S:.0f} s")
+                elif not self._is_head and heard is not None and loop.time() - heard > self._patience_s:
+                    self.failure = UnreachableError(f"the head has not answered for {self._patience_s:.0f} s")
                     self._ending.set()
                     return
                 for note in missing.notes(status, loop.time()):

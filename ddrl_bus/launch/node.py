@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -21,12 +20,11 @@ from pathlib import Path
 from typing import Final
 
 from ddrl_bus.errors import DdrlError
-from ddrl_bus.launch import logs, malloc, run_dir
+from ddrl_bus.launch import files, logs, malloc, run_dir
 from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
 
 INTERNAL: Final = DdrlError.exit_code
-MAX_FILES: Final = 1 << 16
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -40,12 +38,12 @@ def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> in
     """
     names = [node.name for node in plan.process(name)]
     malloc.keep_freed_memory()
-    _allow_files()
     if parent is not None:
-        _die_with(parent)
+        die_with(parent)
     with contextlib.ExitStack() as stack:
         written = [stack.enter_context(logs.attached(folder, node, _logger(node, names))) for node in names]
         try:
+            files.raise_limit(plan, names)
             with asyncio.Runner(debug=False, loop_factory=_loop_factory()) as runner:
                 runner.run(_serve(plan, names, folder, supervised=parent is not None))
         except Exception as error:
@@ -114,16 +112,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return factory
 
 
-def _allow_files() -> None:
-    """As many open files as this process may have: a stranger's connection is one, until its handshake has failed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        with contextlib.suppress(ValueError, OSError):  # where the system has a lower limit of its own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Get SIGTERM when `parent` is gone, however it went (Linux; elsewhere its supervisor has to end it)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

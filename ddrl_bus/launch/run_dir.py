@@ -4,6 +4,7 @@ runs/<name>/<UTC time>-s<seed>/
     topology.lock.yaml    the expanded topology; every node reads it
     meta.json             command, versions, hosts, times; where `ddrl status` asks
     lives                 one line per start of a node: name, epoch, pid (0 on another host or before), time
+    added                 names that the controller gave to nodes that were added
     metrics.jsonl         written by the controller
     result.json           written by the controller when the run is over
     closing.json          what `ddrl run --json` printed

@@ -16,10 +16,11 @@ from ddrl_bus.errors import DdrlError, UsageError
 from ddrl_bus.launch import closing, run_dir
 from ddrl_bus.launch.catalog import catalog, find_topology, load_lock
 from ddrl_bus.launch.display import display
-from ddrl_bus.launch.hosts import check_keys, command_of, head_of, hosts_of, this_host
+from ddrl_bus.launch.hosts import check_keys, command_of, guest_host, head_of, hosts_of, this_host
 from ddrl_bus.launch.ssh import Far
 from ddrl_bus.messages import Join
 from ddrl_bus.topology import Plan, load
+from ddrl_bus.topology.exposure import head_address
 from ddrl_bus.versions import versions
 
 
@@ -141,6 +142,75 @@ def joined_process(
     """Run one process of the run whose head is at `address`; its exit code."""
     plan, folder = _joined(address, Join(versions(), process=name), modules, path, started)
     return _alone(plan, name, folder)
+
+
+def added(
+    run: str,
+    group: str,
+    count: int,
+    host: str | None = None,
+    modules: Sequence[str] = (),
+    *,
+    path: Path | None = None,
+    started: float,
+) -> Ended:
+    """Add so many nodes to a group of a run that goes on, and run them here until it ends, or this does.
+
+    Args:
+        run: tcp://HEAD:PORT, or on the head's machine the run as `run_dir.find` takes it.
+        host: name of this machine; default: that in the topology, or its own.
+        modules: the head may have its environment imported from.
+    Raises:
+        UsageError: the run takes no more into that group, or none from here.
+    """
+    from ddrl_bus.launch import join
+
+    if run.startswith("tcp://"):
+        address = join.address_of(run)
+        plan = asyncio.run(join.topology_of(address, _say, modules))
+        host = host or guest_host(plan)
+        check_keys(plan, host)
+        if host == head_of(plan):
+            raise UsageError(
+                f"{host} is the head: type there  ddrl-node --join RUN --add {group}, or name another --host"
+            )
+    else:
+        folder, plan, address = _run_here(run)
+        if path is not None or host not in (None, head_of(plan)):
+            raise UsageError(f"{folder} is of this machine, {head_of(plan)}: no --host or --run-dir beside it")
+        path, host = folder, head_of(plan)
+    if reason := plan.why_fixed(group):
+        raise UsageError(f"{plan.name}: {reason}")
+    names = asyncio.run(join.granted(address, group, count, host))
+    if run.startswith("tcp://"):
+        path = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
+    assert path is not None
+    return _added(plan, names, host, path)
+
+
+def _run_here(run: str) -> tuple[Path, Plan, str]:
+    """Directory and plan of a run whose head this machine is, and the address of its controller."""
+    folder = run_dir.find(run)
+    plan, told = load_lock(folder), str(run_dir.meta(folder).get("status_address"))
+    address = run_dir.status_address(plan)
+    if told == head_address(plan):
+        raise UsageError(f"{folder}: its head is elsewhere; type  ddrl-node --join {told} --add GROUP")
+    if told != address:
+        raise UsageError(f"{folder}: the run answers at {told}, from here it would be {address}; is TMPDIR the same?")
+    return folder, plan, address
+
+
+def _added(plan: Plan, names: Sequence[str], host: str, folder: Path) -> Ended:
+    from ddrl_bus.launch.local import Supervisor
+
+    run_dir.make_private(plan.ipc_dir)
+    with display() as shown:
+        shown.note(f"run {folder}: adding {', '.join(names)}; Ctrl-C takes them out again")
+        supervisor = Supervisor(plan, host, folder, shown, added=names)
+        asyncio.run(supervisor.run())
+    if supervisor.failure:
+        shown.note(str(supervisor.failure))
+    return Ended(supervisor.failure.exit_code if supervisor.failure else 0, None)
 
 
 def _joined(address: str, wanted: Join, modules: Sequence[str], path: Path | None, started: float) -> tuple[Plan, Path]:

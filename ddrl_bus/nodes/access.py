@@ -3,11 +3,13 @@
 key ─→ host            the allow-list of this machine
 host ─→ its nodes      `host:` of the topology
 node ─→ links          the ports that it holds
+
+A node that is added to a run bears its host's name, so that the same holds for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ddrl_bus import keys
 from ddrl_bus.topology.exposure import leaves
@@ -24,20 +26,23 @@ def guard(plan: Plan, name: str, ledger: Ledger) -> Guard:
         SecurityError: it needs a key that is not here, or the files that hold keys are open to others.
     """
     access = access_of(plan, name)
-    pair = keys.own(plan.nodes[name].host) if access.binds or access.servers else None
+    pair = keys.own(plan.node(name).host) if access.binds or access.servers else None
     return Guard(name, access, pair, keys.AllowList(), ledger)
 
 
 def access_of(plan: Plan, name: str) -> Access:
     plain, binds, servers, guests = set[str](), set[str](), dict[str, Peer](), dict[str, dict[str, Peer]]()
     people: dict[str, frozenset[str]] = {}
+    added = dict[str, Mapping[str, str]]()  # link -> group -> kind
     for link, port in plan.ports(name).items():
         for address in (found for bind in port.binds for found in _tcp(port.link, bind)):
             if _is_guarded(port.link, address):
                 binds.add(address)
                 guests[link] = {peer.name: Peer(peer.host, peer.kind) for peer in plan.guests(name, link)}
+                added[link] = {group: plan.groups[group].kind for group in plan.open_groups(link)}
                 if link == "progress":  # for the topology, and for how the run goes
-                    people[link] = frozenset(peer.host for peer in guests[link].values())
+                    hosts = {peer.host for peer in guests[link].values()}
+                    people[link] = frozenset(hosts | set(plan.hosts if added[link] else ()))
             else:
                 plain.add(address)
         for peer_name, dialled in port.peers.items():
@@ -47,7 +52,7 @@ def access_of(plan: Plan, name: str) -> Access:
                     servers[address] = Peer(peer.host, peer.kind)
                 else:
                     plain.add(address)
-    return Access(frozenset(plain), frozenset(binds), servers, guests, people)
+    return Access(frozenset(plain), frozenset(binds), servers, guests, people, frozenset(plan.hosts), added)
 
 
 def _tcp(link: LinkPlan, address: str) -> Iterator[str]:

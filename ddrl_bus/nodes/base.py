@@ -31,9 +31,10 @@ from ddrl_bus.algos.base import Algorithm, Windows
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
 from ddrl_bus.experience import Unrolls, UnrollSchema
-from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, Replica, fields_of, parse
+from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, Replica, parse
 from ddrl_bus.metrics import shares
 from ddrl_bus.nodes import access
+from ddrl_bus.nodes.reports import reported
 from ddrl_bus.topology.exposure import insecure_links
 from ddrl_bus.topology.plan import NodePlan, Plan, Port
 from ddrl_bus.transport.bus import Bus
@@ -47,6 +48,7 @@ HEARTBEAT_S: Final = 0.5
 ANSWER_S: Final = 2.0
 """How long a heartbeat waits for the controller before it is given up; training goes on without one."""
 WARN_S: Final = 60.0
+GOLDEN: Final = (5**0.5 - 1) / 2
 KINDS: Final = {
     "actor": "Actor",
     "learner": "Learner",
@@ -86,7 +88,7 @@ class Node(ABC):
         self, plan: Plan, name: str, run_dir: Path, epoch: int, hub: MemoryHub | None = None, *, inline: bool = False
     ) -> None:
         self.plan = plan
-        self.node: NodePlan = plan.nodes[name]
+        self.node: NodePlan = plan.node(name)
         self.name = name
         self.run_dir = run_dir
         self.epoch = epoch
@@ -193,8 +195,8 @@ class Node(ABC):
 
     def seeds(self, restart: int = 0, stream: int = 0) -> np.random.SeedSequence:
         """Seeds of this life of this node."""
-        kind = [name for name, node in self.plan.nodes.items() if node.kind == self.node.kind]  # over all its groups
-        return node_seeds(self.plan.seed, self.role, kind.index(self.name), (self.epoch >> 32) + restart, stream)
+        index = number_of(self.plan, self.node)
+        return node_seeds(self.plan.seed, self.role, index, (self.epoch >> 32) + restart, stream)
 
     def submit(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """Queue `work(*args)` on this node's thread; it runs as soon as what was queued before is done."""
@@ -317,7 +319,7 @@ class Node(ABC):
     async def _beat(self, error: str | None = None) -> None:
         progress = self.progress(error)
         try:
-            answer = await self._controller.request(Progress.KIND, fields_of(progress), timeout_s=ANSWER_S)
+            answer = await self._controller.request(Progress.KIND, *reported(progress), timeout_s=ANSWER_S)
         except UnreachableError:
             self._unanswered += 1
             if self._unanswered.bit_count() == 1:  # the first, and ever more seldom
@@ -407,10 +409,23 @@ def node_seeds(run: int, role: str, index: int, life: int = 1, stream: int = 0) 
     return np.random.SeedSequence([run, ROLES.index(role), index, life, stream])
 
 
+def number_of(plan: Plan, node: NodePlan) -> int:
+    """Of a node among all of its kind, over all groups; those that were added come after those of the plan."""
+    kind = [name for name, other in plan.nodes.items() if other.kind == node.kind]
+    return kind.index(node.name) if node.name in plan.nodes else len(kind) + node.index - plan.groups[node.group].count
+
+
 def places(plan: Plan, actor: NodePlan) -> Array:
-    """[N] of an actor's environments among all that the run's actors step, from 0 to 1; 0 of a single one."""
+    """[N] of an actor's environments among all that the run's actors step, from 0 to 1; 0 of a single one.
+
+    Those of an added actor, of whose number nobody knows, follow the golden ratio: however many come, they lie evenly.
+    """
     actors = [node for node in plan.nodes.values() if node.kind == actor.kind]
     counts: list[Any] = [node.options for node in actors]
+    if actor not in actors:
+        own: Any = actor.options
+        number = (number_of(plan, actor) - len(actors)) * own.envs + 1 + np.arange(own.envs)
+        return np.asarray(number * GOLDEN % 1, np.float32)
     first = sum(options.envs for options in counts[: actors.index(actor)])
     total = sum(options.envs for options in counts)
     mine: Any = actor.options
@@ -420,13 +435,13 @@ def places(plan: Plan, actor: NodePlan) -> Array:
 
 def node_class(plan: Plan, name: str) -> type[Node]:
     """What to make of a node: its kind says, of learners and actors their ports too, and of learners their trainers."""
-    module = plan.nodes[name].kind
+    module = plan.node(name).kind
     cls = KINDS[module]
     if module == "learner" and "gradients" in plan.ports(name):
         module, cls = "worker", "Worker"
     elif module == "learner" and "sync" in plan.ports(name):
         module, cls = "replica_learner", "ReplicaLearner"
-    elif module == "learner" and getattr(plan.nodes[name].options, "trainers", 1) != 1:
+    elif module == "learner" and getattr(plan.node(name).options, "trainers", 1) != 1:
         module, cls = "parallel_learner", "ParallelLearner"
     if module == "actor" and "act" in plan.ports(name):
         module, cls = "env_actor", "EnvActor"

@@ -22,11 +22,25 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from ddrl_bus import __version__
-from ddrl_bus.errors import WireError
-from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Join, Joined, Phase, Progress, fields_of, parse
+from ddrl_bus.errors import UsageError, WireError
+from ddrl_bus.messages import (
+    STATUS,
+    STOP,
+    Control,
+    Evaluation,
+    Join,
+    Joined,
+    Phase,
+    Progress,
+    fields_of,
+    parse,
+)
 from ddrl_bus.metrics import JsonLines, finite, shares
+from ddrl_bus.nodes.added import Added
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.nodes.membership import Membership
+from ddrl_bus.nodes.reports import report_of
+from ddrl_bus.topology.schema import MAX_NODES
 from ddrl_bus.topology.show import terms
 from ddrl_bus.transport.ledger import read
 from ddrl_bus.transport.links import Request, life
@@ -68,6 +82,7 @@ class Controller(Node):
         kinds = {node.kind for node in self.plan.nodes.values()}
         self.trainer = "param_server" if "param_server" in kinds else "learner"
         self.lives = self._earlier_lives()
+        self.added = Added(self.plan, self.run_dir)
         self.best: Evaluation | None = None
         self.last: Evaluation | None = None
         self.confirmed: Evaluation | None = None
@@ -142,17 +157,17 @@ class Controller(Node):
 
     def _on_progress(self, request: Request) -> None:
         message = request.message
-        progress = parse(Progress, message)
-        if progress.topology != self.plan.run_id or message.node not in self.plan.nodes:
+        progress = report_of(message)
+        known = self.members.get(message.node)
+        if progress.topology != self.plan.run_id or not (known or self._may_be(message.node)):
             request.refuse(
                 f"{message.node} runs topology {progress.topology}, this is {self.plan.name} {self.plan.run_id}: "
                 "start every host from the same file and overrides, or with --join"
             )
             return
-        if progress.role != (kind := self.plan.nodes[message.node].kind):
+        if progress.role != (kind := self.plan.node(message.node).kind):
             request.refuse(f"{message.node} is no {progress.role}: it is of kind {kind}")
             return
-        known = self.members.get(message.node)
         if progress.package != __version__ and (known is None or known.epoch != message.epoch):
             self.log.warning("%s runs ddrl_bus %s, this is %s", message.node, progress.package, __version__)
         now = asyncio.get_running_loop().time()
@@ -196,9 +211,15 @@ class Controller(Node):
             request.refuse(f"{self.plan.name} {self.plan.run_id} is ending ({self.reason})")
             return
         share = self.plan.processes.get(join.process, ()) if join.process else self.plan.on_host(join.host)
-        nodes = [node.name for node in share]
-        if request.speakers is not None and (others := sorted(set(nodes) - request.speakers)):
+        nodes = [] if join.group else [node.name for node in share]
+        asked = [f"{join.group}-0.{join.host}"] if join.group else nodes
+        if others := sorted(name for name in asked if not (request.speakers is None or name in request.speakers)):
             request.refuse(f"whoever asks has no key that is allowed for {', '.join(others[:16])}")
+            return
+        try:
+            added = self.added.grant(join, self.members) if join.group else []
+        except UsageError as error:
+            request.refuse(str(error))
             return
         now = asyncio.get_running_loop().time()
         text = self.plan.lock().encode()
@@ -208,8 +229,13 @@ class Controller(Node):
             versions(),
             {name: epoch for name in nodes if (epoch := self._newest_life(name))},
             [name for name in nodes if self._present(name, now)][:16],
+            added,
         )
         request.answer(Joined.KIND, fields_of(joined), {"topology": np.frombuffer(text, np.uint8)})
+
+    def _may_be(self, name: str) -> bool:
+        """Whether a node that was never heard may be one of this run."""
+        return name in self.plan.nodes or (len(self.members) < MAX_NODES and self.plan.added(name) is not None)
 
     def _newest_life(self, name: str) -> int:
         """Its epoch; 0 where none is known."""
@@ -279,11 +305,19 @@ class Controller(Node):
         """Every stage whose predecessors have left."""
         names: list[str] = []
         for kinds in DRAIN_ORDER:
-            stage = [node.name for node in self.plan.nodes.values() if node.kind in kinds]
+            stage = [name for name, kind in self._kinds().items() if kind in kinds]
             names += stage
             if any(self._present(name, now) for name in stage):
                 break
         return names
+
+    def _kinds(self) -> dict[str, str]:
+        """Node → kind, of everybody who belongs to the run now: those of the plan, and added ones until they leave."""
+        kinds = {name: node.kind for name, node in self.plan.nodes.items()}
+        return kinds | {name: self.plan.node(name).kind for name in self._added() if not self.members[name].gone}
+
+    def _added(self) -> list[str]:
+        return [name for name in self.members if name not in self.plan.nodes]
 
     def _present(self, name: str, now: float) -> bool:
         member = self.members.get(name)
@@ -357,12 +391,21 @@ class Controller(Node):
             "best_return": self.best.mean_return if self.best else None,
             "quarantined": self._quarantined(),
             "links": {link.name: {"terms": terms(link), "bytes_in": self._bytes(link.name)} for link in links},
-            "nodes": {name: self._member_status(name) for name in self.plan.nodes},
+            "added": self._turnout(),
+            "nodes": {name: self._member_status(name) for name in self._kinds()},
         }
 
     def _bytes(self, link: str) -> int:
         """That arrived over a link at all its ends, over all lives that were heard of."""
         return sum(counters.get(f"{link}/bytes_in", 0) for counters in (self.ledger.snapshot(), *self.lives.values()))
+
+    def _turnout(self) -> dict[str, int]:
+        """What became of the nodes that were added: `left` said goodbye, `lost` did not."""
+        now = asyncio.get_running_loop().time()
+        added = self._added()
+        left = sum(self.members[name].progress.state == "stopped" for name in added)
+        here = sum(self._present(name, now) for name in added)
+        return {"here": here, "left": left, "lost": len(added) - left - here}
 
     def _quarantined(self) -> list[str]:
         """Hosts that any node has shut out, for what it had to refuse of them."""
@@ -406,6 +449,7 @@ class Controller(Node):
             "first_update_s": first - self.began if first else None,
             "overhead": {n: shares(m.progress.counters).get("overhead") for n, m in self.members.items()},
             "shares": {n: shares(m.progress.counters) for n, m in self.members.items()},
+            "added": self._turnout(),
             "seed": self.plan.seed,
         }
         for name, counters in self.lives.items():

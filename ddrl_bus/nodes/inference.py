@@ -45,7 +45,7 @@ class Inference(Node):
         options: Any = self.node.options
         self.weights = weights_of(self)
         self.trajectories = self.open_sender("trajectories") if "trajectories" in self.ports else None
-        self.actors = {actor.name: actor for actor in self.plan.members(self.ports["act"].link.sources)}
+        self.actors = frozenset(self.ports["act"].link.sources)
         self.groups: dict[Key, Group] = {}
         self.batcher: Batcher[Key] = Batcher(options.batch, options.wait)
         self.unsent: deque[tuple[Key, Group, Played]] = deque()
@@ -113,9 +113,9 @@ class Inference(Node):
         Raises:
             WireError: why it is refused.
         """
-        actor = self.actors.get(message.node)
+        actor = self.plan.nodes.get(message.node) or self.plan.added(message.node)
         options: Any = actor.options if actor else None
-        if not actor or not 0 <= act.group < options.groups:
+        if not actor or actor.group not in self.actors or not 0 <= act.group < options.groups:
             raise WireError("fields", f"{message.node} has no group {act.group} in this topology")
         envs = options.envs // options.groups
         if words := refusal(message.arrays, (self.spaces.obs_dtype, (envs, *self.spaces.obs_shape))):

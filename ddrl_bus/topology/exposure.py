@@ -46,6 +46,18 @@ def insecure_links(plan: Plan, name: str) -> list[str]:
     ]
 
 
+def unlisted(plan: Plan, name: str) -> list[str]:
+    """The encrypted links of a node that was added on a host without rights there: it is not of `hosts`.
+
+    Raises:
+        UsageError: it reaches nobody from there.
+    """
+    ports = plan.ports(name)
+    if plan.node(name).host in plan.hosts:
+        return []
+    return [link for link, port in ports.items() if not port.link.insecure and any(map(leaves, port.peers.values()))]
+
+
 def needs_key(plan: Plan, host: str) -> bool:
     """Whether nodes of a host bind or dial what only keys open."""
     return host in guarded(plan)

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from ddrl_bus.errors import UsageError
 from ddrl_bus.topology.schema import (
+    HOST_NAME,
+    MAX_NODES,
     RELAYED,
     SYSTEM_PORTS,
     ActorOptions,
@@ -26,6 +29,7 @@ from ddrl_bus.topology.schema import (
     Precision,
     Section,
     StopSettings,
+    one_of,
     split_address,
 )
 from ddrl_bus.topology.tree import Plain, emit
@@ -33,6 +37,9 @@ from ddrl_bus.topology.tree import Plain, emit
 OnLoss = Literal["count", "resend"]
 Codec = Literal["auto", "none", "lz4", "delta"]
 TCP_PORTS: Mapping[LinkKind, int] = {"queue": 2, "latest": 1, "request": 1}  # a queue's second carries the credits
+
+_ADDED: Final = re.compile(rf"([a-z][a-z0-9_-]*)-(0|[1-9][0-9]{{0,3}})\.({HOST_NAME.pattern})")
+MAX_NAME: Final = 64  # characters, on the wire
 
 
 @dataclass(frozen=True)
@@ -149,11 +156,65 @@ class Plan:
         """
         if name in self.processes:
             return self.processes[name]
+        if added := self.added(name):
+            return (added,)
         if node := self.nodes.get(name):
             others = ", ".join(other.name for other in self.processes[node.process] if other is not node)
             beside = f" beside {others}" if others else ""
             raise UsageError(f"{self.name}: {name} runs in process {node.process}{beside}; start {node.process}")
         raise UsageError(f"{self.name}: no node {name!r}; have {', '.join(self.processes)}")
+
+    # ---- nodes that join while the run goes on
+
+    def node(self, name: str) -> NodePlan:
+        """A node of the plan, or one that was added to the run.  Raises: KeyError."""
+        return self.nodes.get(name) or self._must(name)
+
+    def _must(self, name: str) -> NodePlan:
+        if (added := self.added(name)) is None:
+            raise KeyError(name)
+        return added
+
+    def added(self, name: str) -> NodePlan | None:
+        """What a node is that was added to the run: its name says it, as `actor-2.cpu1` does, so that nobody needs to
+        be told of it before it connects. None for other names."""
+        match = _ADDED.fullmatch(name)
+        if match is None or len(name) > MAX_NAME or self.why_fixed(match[1]):
+            return None
+        options, index = self.groups[match[1]], int(match[2])
+        if not options.count <= index < MAX_NODES:
+            return None
+        return NodePlan(name, match[1], options.kind, index, match[3], None, options)
+
+    def name_added(self, group: str, number: int, host: str) -> str:
+        """Of the `number`th node that is added to the run, whatever the groups of the others; from 0."""
+        return f"{group}-{self.groups[group].count + number}.{host}"
+
+    def why_fixed(self, group: str) -> str:
+        """Why nothing can be added to a group; "" where it can."""
+        options = self.groups.get(group)
+        if options is None or not options.count:
+            return f"no group {group!r} with nodes; {one_of(group, (name for name in self.groups if self._open(name)))}"
+        if options.kind != "actor":
+            return f"{group} is of kind {options.kind}; only actors bind no address that others must know from the plan"
+        if options.bundle:
+            return f"{group} shares processes with all of bundle {options.bundle}; raise its count, and resume the run"
+        if any(link.max_lag == 0 for link in self.links.values() if group in link.sources):
+            return f"{group} is in lock-step (max_lag: 0): a batch is one round of exactly the actors of the plan"
+        return ""
+
+    def _open(self, group: str) -> bool:
+        return bool(self.groups[group].count) and not self.why_fixed(group)
+
+    def open_groups(self, link_name: str) -> list[str]:
+        """Groups whose nodes connect to what is bound for a link, and to which some can be added."""
+        link = self.links[link_name]
+        return [group for group in (link.targets if link.binding_side == "out" else link.sources) if self._open(group)]
+
+    @cached_property
+    def _guest_hosts(self) -> frozenset[str]:
+        """Hosts without nodes: they are listed for what may be added."""
+        return frozenset(self.hosts) - {node.host for node in self.nodes.values()}
 
     @cached_property
     def controller(self) -> NodePlan:
@@ -177,8 +238,9 @@ class Plan:
 
         Raises:
             KeyError: no such node.
+            UsageError: it was added on a host from which it reaches nobody.
         """
-        node = self.nodes[node_name]
+        node = self.node(node_name)
         ports = {}
         for link in self.links.values():
             side: Literal["out", "in"] = "out" if node.group in link.sources else "in"
@@ -197,10 +259,14 @@ class Plan:
             bind, here = self.binds[peer.name, link.name], peer.host == node.host
             if node is relay and here:
                 continue
-            address = bind.near if self.in_process or here else bind.far
+            address = bind.near or bind.far if self.in_process or here else bind.far
             if relay and node is not relay and not here:
                 address = self.binds[relay.name, link.name].relayed[peer.name]
-            assert address, f"{peer.name} does not bind {link.name} for {node.name}"
+            if not address:
+                raise UsageError(
+                    f"{self.name}: {peer.name} binds {link.name} for its own machine only; for actors of {node.host} "
+                    f"list that host under `hosts`, and {peer.host} with an address that it can dial"
+                )
             yield peer.name, address
 
     def guests(self, node_name: str, link_name: str) -> Iterator[NodePlan]:
@@ -234,6 +300,16 @@ class Plan:
         processes = Counter(host for host, _ in sorted(far))
         return [host for host in self.hosts if processes[host] > 1]
 
+    def connections(self, node_name: str) -> int:
+        """How many the nodes of the plan make to what this one binds."""
+        node, count = self.nodes.get(node_name), 0
+        for link in self.links.values():
+            if node is not None and (node_name, link.name) in self.binds:
+                others = link.targets if link.binding_side == "out" else link.sources
+                peers = sum(peer is not node and _meet(link, node, peer) for peer in self.members(others))
+                count += TCP_PORTS[link.kind] * peers
+        return count
+
     @cached_property
     def binds(self) -> dict[tuple[str, str], Bind]:
         """(node, link) -> what it binds. Each host's tcp ports count up: progress, control, then as written."""
@@ -252,6 +328,7 @@ class Plan:
                     binds[node.name, link.name] = Bind(f"memory://{node.name}.{link.name}", None)
                     continue
                 hosts = {peer.host for peer in places.values() if _meet(link, node, peer)}
+                hosts |= self._guest_hosts if self.open_groups(name) else set()
                 # `ddrl status` asks over ipc, wherever the nodes are
                 near = node.host in hosts or link.name == "progress"
                 bind = self._bind(node, link, near, bool(hosts - {node.host}), next_port[node.host])

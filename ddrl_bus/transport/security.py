@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -32,6 +32,8 @@ QUARANTINE_S: Final = 300.0
 """A key with more refused messages than the first within the second is shut out for the third."""
 SUBSCRIPTIONS: Final = 256
 """The same for topics that stay, for each node that the key speaks for: a few per connection."""
+ADDED: Final = 64
+"""Nodes of a group that one host adds to a run, for this purpose."""
 MAX_TOLD: Final = 64
 """Strangers that the log tells of."""
 
@@ -55,6 +57,8 @@ class Access:
         servers: address that it dials → whose key must answer.
         guests: link → node → where that node, which may come over the link, is to be.
         people: link → hosts whose people may ask over it, in no node's name.
+        hosts: whose holders of keys may add nodes to the run, named `GROUP-NUMBER.HOST`.
+        added: link → group → kind of those that may come over the link.
     """
 
     plain: frozenset[str] = NOBODY
@@ -62,6 +66,27 @@ class Access:
     servers: Mapping[str, Peer] = field(default_factory=dict)
     guests: Mapping[str, Mapping[str, Peer]] = field(default_factory=dict)
     people: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    hosts: frozenset[str] = NOBODY
+    added: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+class Speakers(frozenset[str]):
+    """Nodes that somebody may speak for: these of the plan, and what is added to (group, host)."""
+
+    __slots__ = ("added",)
+    added: frozenset[tuple[str, str]]
+
+    def __new__(cls, names: Iterable[str] = (), added: Iterable[tuple[str, str]] = ()) -> Speakers:
+        self = super().__new__(cls, names)
+        self.added = frozenset(added)
+        return self
+
+    def __contains__(self, node: object) -> bool:
+        name, _, host = str(node).partition(".")
+        return super().__contains__(node) or (name.rpartition("-")[0], host) in self.added
+
+    def __bool__(self) -> bool:
+        return bool(len(self) or self.added)
 
 
 class Guard:
@@ -91,7 +116,7 @@ class Guard:
         self._topics: dict[tuple[str, str], deque[float]] = {}
         self._until: dict[str, float] = {}
         self._newly_shut_out = False
-        self._speakers: dict[tuple[str, str], frozenset[str]] = {}
+        self._speakers: dict[tuple[str, str], Speakers] = {}
         self._by_key: Mapping[str, list[Entry]] = {}
         if pair is not None and allowed.refresh():
             self._take_list()
@@ -131,7 +156,7 @@ class Guard:
         self._tell(link, user, address.decode(errors="replace"))
         return [b"1.0", number, b"300", b"not allowed", b"", b""]
 
-    def speakers(self, link: str, user: str) -> frozenset[str]:
+    def speakers(self, link: str, user: str) -> Speakers:
         """The nodes, or PEOPLE, that the holder of a key may speak for on a link; nobody for a stranger, or one shut
         out."""
         if self._until and self._now() >= self._until.get(user, float("inf")):
@@ -140,13 +165,16 @@ class Guard:
         if found is None:
             entries = [] if user in self._until else self._by_key.get(user, [])
             guests = self._access.guests.get(link, {})
-            found = frozenset(
+            named = (
                 node
                 for node, peer in guests.items()
                 if any(entry.name == peer.host and may(entry, peer.kind) for entry in entries)
             )
-            if any(entry.name in self._access.people.get(link, NOBODY) for entry in entries):
-                found |= {PEOPLE}
+            people = any(entry.name in self._access.people.get(link, NOBODY) for entry in entries)
+            hosts = [entry for entry in entries if entry.name in self._access.hosts]
+            groups = self._access.added.get(link, {}).items()
+            added = ((group, entry.name) for group, kind in groups for entry in hosts if may(entry, kind))
+            found = Speakers((*named, *([PEOPLE] if people else [])), added)
             if entries:  # strangers are without number
                 self._speakers[link, user] = found
         return found
@@ -157,7 +185,8 @@ class Guard:
 
     def subscribed(self, link: str, user: str, more: bool) -> None:
         """A publisher was told of a topic more or less; libzmq keeps each for as long as its connection lasts."""
-        most = SUBSCRIPTIONS * len(self.speakers(link, user))
+        speakers = self.speakers(link, user)
+        most = SUBSCRIPTIONS * (len(speakers) + ADDED * len(speakers.added))
         times = self._topics.setdefault((link, user), deque(maxlen=most + 1))
         if more:
             self._note(user, times, "subscriptions")

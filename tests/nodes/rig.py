@@ -18,6 +18,7 @@ from ddrl_bus.experience import Unroll, UnrollSchema
 from ddrl_bus.launch.catalog import catalog
 from ddrl_bus.messages import Control, Progress, Trajectory, Weights, fields_of, parse
 from ddrl_bus.nodes.base import Node, node_class
+from ddrl_bus.nodes.reports import report_of
 from ddrl_bus.topology import Plan, load
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
@@ -199,7 +200,7 @@ class FakeController:
             if self.refuses:
                 request.refuse(self.refuses)
                 continue
-            self.heard.setdefault(request.message.node, []).append(parse(Progress, request.message))
+            self.heard.setdefault(request.message.node, []).append(report_of(request.message))
             request.answer(Control.KIND, fields_of(self.control))
 
     def last(self, node: str) -> Progress | None:

@@ -224,6 +224,23 @@ async def test_nobody_else_gets_in(target: str, who: str, world: World) -> None:
     assert not await world.gets_something_done(target, socket)
 
 
+async def test_a_host_adds_nodes_in_its_own_name_only(world: World) -> None:
+    access = Access(
+        binds=frozenset({"tcp://10.0.0.1:1"}), hosts=frozenset({"cpu1"}), added={"data": {"actor": "actor"}}
+    )
+    guard, user = Guard("learner", access, keys.own("gpu0"), AllowList(), Ledger()), keys.own("cpu1").public
+    theirs = guard.speakers("data", user)
+    assert theirs
+    assert "actor-7.cpu1" in theirs
+    others = ("actor-7.cpu2", "actor-7", "learner-7.cpu1", "actor-7.cpu1.lan", "cpu1", "actor.cpu1")
+    assert not [name for name in others if name in theirs]
+    assert not guard.speakers("ask", user)
+    assert not guard.speakers("data", keys.own("cpu2").public)  # it is not of `hosts`
+    keys.allow(Entry("cpu1", user, frozenset({"learner"})))
+    guard.refresh()
+    assert not guard.speakers("data", user)
+
+
 async def test_a_role_is_all_that_its_key_may_be(world: World) -> None:
     """A host that may run learners only, although the topology has an actor on it."""
     guard, user = world.net.guards["learner"], keys.own("cpu1").public

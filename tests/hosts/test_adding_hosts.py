@@ -1,0 +1,58 @@
+"""Actors that hosts without the topology add to a run: one that the head lists for that, and one that nobody lists."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from cables import ADDRESSES, MISSING, Cable, running
+from runs import FOREVER, SMALL, Run, assert_closed
+
+HEAD = (
+    *("run", "quickstart", *(f"hosts.{host}={address}" for host, address in ADDRESSES.items()), "insecure=true"),
+    *("nodes.actor.count=1", *SMALL, *FOREVER),
+)
+ADD = ("--join", f"tcp://{ADDRESSES['gpu0']}", "--add", "actor")
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(bool(MISSING) and os.environ.get("CI") != "true", reason=MISSING),
+]
+
+
+def taken(run: Run, node: str) -> int:
+    books = run.counters("learner-0").items()
+    return sum(n for name, n in books if name.startswith(f"trajectories/{node}@") and name.endswith("/taken"))
+
+
+def test_actors_of_other_hosts_join_and_leave(cable: Cable, tmp_path: Path) -> None:
+    with running(cable, "gpu0", tmp_path / "head", *HEAD, name="ddrl") as head:
+        head.until(lambda: head.trained() > 5, "training")
+        with (
+            running(cable, "cpu1", tmp_path / "listed", *ADD, "--count", "2") as listed,
+            running(cable, "cpu1", tmp_path / "new", *ADD, "--host", "far.lan") as new,
+        ):
+            names = {
+                *listed.until(lambda: [n for n, _ in listed.lives()][1:], "two"),
+                new.until(new.lives, "one")[0][0],
+            }
+            names |= {name for name, _ in listed.lives()}
+            assert {name.partition(".")[2] for name in names} == {"cpu1", "far.lan"}
+            assert len({name.partition(".")[0] for name in names}) == 3
+            head.until(lambda: all(taken(head, name) > 3 for name in names), "training on what they play")
+            listed.kill(listed.lives()[0][0])
+            again = listed.lives()[0][0]
+            listed.pid(again, life=2)
+            before = taken(head, again)
+            head.until(
+                lambda: taken(head, again) > before + 3, "training on what the next life of the killed one plays"
+            )
+            new.process.send_signal(signal.SIGINT)
+            assert new.ends() == {}
+            head.until(lambda: (head.status() or {})["added"] == {"here": 2, "left": 1, "lost": 0}, "word that it left")
+            head.process.send_signal(signal.SIGTERM)
+            assert head.ends()["reason"] == "stop"
+            assert listed.ends() == {}
+        assert_closed(head.books())
