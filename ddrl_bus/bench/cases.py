@@ -196,7 +196,8 @@ CASES: Final[tuple[Case, ...]] = (
          "nodes.actor.count=4 nodes.learner.count=4 nodes.actor.envs=16 algo.batch=16"),
     Case("ddppo-lunarlander", "ddppo", 200, MILLION,
          "nodes.actor.envs=16 algo.batch=16 algo.unroll=128 algo.epochs=6 algo.minibatches=8 algo.lr=1e-3 "
-         "algo.entropy_cost=0.005 algo.anneal_steps=1_000_000 nodes.evaluator.every=20s", env="LunarLander-v3"),
+         "algo.entropy_cost=0.005 algo.gamma=0.999 algo.gae_lambda=0.98 "
+         "algo.anneal_steps=1_000_000 nodes.evaluator.every=20s", env="LunarLander-v3"),
     Case("ddppo-pendulum", "ddppo", -300, 300_000,
          "nodes.actor.envs=8 algo.batch=8 algo.unroll=200 algo.gamma=0.9 algo.reward_scale=0.1 algo.epochs=10 "
          "algo.minibatches=8 algo.lr=1e-3 algo.entropy_cost=0.003 algo.activation=tanh algo.shared_torso=false "
