@@ -1,4 +1,4 @@
-"""Four hosts on a switch: one learns, three play, each of which the head sends its topology and one copy of the weights."""
+"""Four hosts on a switch: one learns, three play. The head sends each its topology, and one copy of the weights."""
 
 from __future__ import annotations
 
