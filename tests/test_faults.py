@@ -66,9 +66,12 @@ def test_a_killed_actor_comes_back_and_the_run_is_solved(folder: Path) -> None:
         assert balance.taken == learner["trajectories/trained"] + evicted
 
 
+LARGE = ("algo.hidden=[144, 144]", "links.weights.precision=float32")
+
+
 def test_a_killed_learner_goes_on_from_its_checkpoint(folder: Path) -> None:
     """Its weights are large enough to be shared: what the first life left in memory is of no use to anybody."""
-    with running(folder, *FOREVER, "checkpoint.every=300ms", "algo.hidden=[144, 144]") as run:
+    with running(folder, *FOREVER, *LARGE, "checkpoint.every=300ms") as run:
         run.until(lambda: best_return(run) > 3 * UNTRAINED, "learning")
         run.kill("learner-0")
         saved = checkpoint.newest(folder / "checkpoints")

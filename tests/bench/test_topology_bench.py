@@ -27,7 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_real_run(here: None) -> None:
     rows = {
         row.name: row
-        for row in topology.measure("quickstart", ["nodes.evaluator.count=0", "stop.steps=40000"], seconds=100)
+        for row in topology.measure("quickstart", ["nodes.evaluator.count=0", "stop.steps=400000"], seconds=100)
     }
     assert {"actor", "learner", "trajectories", "weights", "quickstart"} <= rows.keys()
     for group in ("actor", "learner"):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,7 +164,8 @@ def ssh(cable: Cable, tmp_path: Path) -> Iterator[Ssh]:
             yield found
         finally:
             for pid in found.processes():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # one may take others along
+                    os.kill(pid, signal.SIGKILL)
     shutil.rmtree(sockets)
 
 

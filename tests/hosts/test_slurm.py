@@ -180,6 +180,7 @@ def test_a_job_over_two_nodes_learns(slurm: Slurm, tmp_path: Path) -> None:
         "actor-0",
         "actor-1",
         "evaluator-0",
+        "relay-0",
     }
     assert f"ddrl-node --join tcp://{NODES['gpu0']}:7077 --host cpu1" in log
     assert (tmp_path / f"two-hosts-{number}.yaml").exists()
