@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -635,48 +635,68 @@ def preemption(output: Output, updates: int) -> int:
     return measured(ABOUT, measure(updates), output)
 
 
-@bench.command()
-@as_json
-@debug
-def precision(as_json: bool) -> None:
+@_benchmark()
+def precision(output: Output) -> int:
     """What weights in half precision change of what actors say."""
-    from ddrl_bus.bench.precision import measure, rows_as_text
+    from ddrl_bus.bench.output import measured
+    from ddrl_bus.bench.precision import ABOUT, measure
 
-    _print_rows(measure(), rows_as_text, as_json)
+    return measured(ABOUT, measure(), output)
 
 
-@bench.command()
-@click.option("--partition", "partitions", default="5", show_default=True, metavar="S,...", callback=_numbers)
-@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="How long others last.")
-@as_json
-@debug
-def faults(partitions: list[int], seconds: int, as_json: bool) -> None:
+@_benchmark(
+    click.option("--partition", "partitions", default="5", show_default=True, metavar="S,...", callback=_numbers),
+    click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="How long others last."),
+)
+def faults(output: Output, partitions: list[int], seconds: int) -> int:
     """How soon training goes on after a network was bad, and what that lost.
 
     A run for each fault, half a minute each. Namespaces are two hosts: it needs root, iproute2 and nftables.
     """
-    from ddrl_bus.bench.faults import faults, measure, rows_as_text
+    from ddrl_bus.bench.faults import ABOUT, faults, measure
+    from ddrl_bus.bench.output import measured
 
-    _print_rows(measure(faults(partitions, seconds)), rows_as_text, as_json)
+    return measured(ABOUT, measure(faults(partitions, seconds)), output)
 
 
-@bench.command()
-@click.option("--subscribers", type=click.IntRange(1, 64), default=16, show_default=True)
-@click.option("--size", type=click.IntRange(min=4096), default=6_700_000, show_default=True, help="Bytes of a value.")
-@click.option("--mbit", type=click.FloatRange(min=0.1), help="Between two hosts over a cable of so much; needs root.")
-@click.option("--rounds", type=click.IntRange(min=2), default=50, show_default=True)
-@as_json
-@debug
-def weights(subscribers: int, size: int, mbit: float | None, rounds: int, as_json: bool) -> None:
+@_benchmark(
+    click.option("--subscribers", type=click.IntRange(1, 64), default=16, show_default=True),
+    click.option(
+        "--size", type=click.IntRange(min=4096), default=6_700_000, show_default=True, help="Bytes of a value."
+    ),
+    click.option(
+        "--mbit", type=click.FloatRange(min=0.1), help="Between two hosts over a cable of so much; needs root."
+    ),
+    click.option("--rounds", type=click.IntRange(min=2), default=50, show_default=True, help="With --mbit at most 10."),
+)
+def weights(output: Output, subscribers: int, size: int, mbit: float | None, rounds: int) -> int:
     """How soon many processes hold the newest weights, over bare PUB/SUB.
 
     On one host they read them where they lie. With --mbit one process on another host gets half-precision weights,
     whole and as differences.
     """
-    from ddrl_bus.bench.weights import measure, measure_between_hosts, rows_as_text
+    from ddrl_bus.bench.output import measured
+    from ddrl_bus.bench.weights import ABOUT, measure, measure_between_hosts
 
     rows = measure(subscribers, size, rounds) if mbit is None else measure_between_hosts(mbit, size, min(rounds, 10))
-    _print_rows(rows, rows_as_text, as_json)
+    return measured(ABOUT, rows, output)
+
+
+@_benchmark(
+    click.option(
+        "--count", default="10,50,100,200", show_default=True, metavar="N,...", callback=_numbers, help="Actors."
+    ),
+    click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="Measured of each."),
+)
+def actors(output: Output, count: list[int], seconds: int) -> int:
+    """What one more actor costs the controller and the learner.
+
+    Real processes that send a recorded unroll twice a second each, in place of environments; they join, send and leave.
+    """
+    from ddrl_bus.bench.actors import ABOUT, measure
+    from ddrl_bus.bench.output import measured
+
+    return measured(ABOUT, measure(count, seconds), output)
 
 
 def _echo(answer: Any, as_json: bool) -> None:
@@ -684,31 +704,6 @@ def _echo(answer: Any, as_json: bool) -> None:
         click.echo(json.dumps(answer.data()))
         return
     for line in answer.lines():
-        click.echo(line)
-
-
-@bench.command()
-@click.option("--count", default="10,50,100,200", show_default=True, metavar="N,...", callback=_numbers, help="Actors.")
-@click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="Measured of each.")
-@as_json
-@debug
-def actors(count: list[int], seconds: int, as_json: bool) -> None:
-    """What one more actor costs the controller and the learner.
-
-    Real processes that send a recorded unroll twice a second each, in place of environments; they join, send and leave.
-    """
-    from ddrl_bus.bench.actors import measure, rows_as_text
-
-    _print_rows(measure(count, seconds), rows_as_text, as_json)
-
-
-def _print_rows(rows: Iterator[Any], as_text: Callable[[Iterator[Any]], Iterator[str]], as_json: bool) -> None:
-    if as_json:
-        import dataclasses
-
-        click.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
-        return
-    for line in as_text(rows):
         click.echo(line)
 
 
