@@ -374,7 +374,7 @@ def test_two_hosts_on_one_machine() -> None:
     assert closing["reason"] == "steps"
     assert closing["ledger"]["closed"] is True
     assert closing["ledger"]["lost"] == 0
-    assert {name for name, _, _ in actors.lives()} == {"actor-0", "actor-1"}
+    assert {name for name, _, _ in actors.lives()} == {"actor-0", "actor-1", "relay-0"}
 
 
 def test_the_line_that_the_head_prints_starts_the_other_host() -> None:
@@ -391,5 +391,5 @@ def test_the_line_that_the_head_prints_starts_the_other_host() -> None:
     assert (actors.process.returncode, out) == (0, ""), err
     assert "on cpu1:  ddrl-node --join tcp://127.0.0.1:17077 --host cpu1\n" in learner.said
     assert (closing["reason"], closing["ledger"]["closed"]) == ("steps", True)
-    assert {name for name, _, _ in actors.lives()} == {"actor-0", "actor-1"}
+    assert {name for name, _, _ in actors.lives()} == {"actor-0", "actor-1", "relay-0"}
     assert Path("cpu1/topology.lock.yaml").read_text() == Path("gpu0/topology.lock.yaml").read_text()

@@ -28,6 +28,7 @@ BELOW_NODES = {
 BELOW_NODES |= {"rate_limiter", "replay_buffer", "versions"}
 ROOMS = {
     "errors": set(),
+    "console": {"errors"},
     "keys": {"errors"},
     "versions": set(),
     "topology": {"errors", "rate_limiter"},
@@ -43,12 +44,13 @@ ROOMS = {
     "envs": {"errors", "algos.spaces"},
     "nodes": BELOW_NODES,
     "launch": BELOW_NODES | {"nodes"},
-    "bench": BELOW_NODES | {"nodes", "launch", "sum_tree"},
+    "bench": BELOW_NODES | {"nodes", "launch", "sum_tree", "console"},
     "planning": BELOW_NODES | {"nodes", "launch", "bench"},
-    "cli": BELOW_NODES | {"nodes", "launch", "bench", "planning"},
+    "cli": BELOW_NODES | {"nodes", "launch", "bench", "planning", "console"},
 }
 LIBRARIES = {
     "errors": set(),
+    "console": {"click"},
     "keys": {"zmq"},
     "versions": set(),
     "topology": {"pydantic", "pydantic_core", "ruamel"},
@@ -64,10 +66,13 @@ LIBRARIES = {
     "envs": {"numpy", "gymnasium", "ale_py"},
     "nodes": {"numpy", "torch", "psutil"},
     "launch": {"rich", "uvloop"},
-    "bench": {"numpy", "torch", "zmq", "msgpack", "psutil", "matplotlib", "gymnasium", "grpc", "ray"},
+    "bench": {"numpy", "torch", "zmq", "msgpack", "psutil", "matplotlib", "gymnasium", "grpc", "ray", "click"},
     "planning": {"numpy", "psutil"},
     "cli": {"click", "rich"},
 }
+
+
+HEAVY = {"torch", "zmq", "numpy", "pydantic", "rich", "asyncio"}
 
 
 def room_of(module: str) -> str:
@@ -139,7 +144,9 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
     ("code", "absent"),
     [
         ("import ddrl_bus", {"torch", "zmq", "numpy", "gymnasium", "pydantic"}),
-        ("from ddrl_bus.cli import ddrl; ddrl(['--help'])", {"torch", "zmq", "numpy", "pydantic", "rich", "asyncio"}),
+        ("from ddrl_bus.cli import ddrl; ddrl(['--help'])", {*HEAVY, "ddrl_bus.bench"}),
+        ("from ddrl_bus.cli import ddrl; ddrl(['keys', 'list'])", {"ddrl_bus.bench", "torch", "numpy"}),
+        ("from ddrl_bus.cli import ddrl; ddrl(['bench', '--help'])", HEAVY),
         ("import ddrl_bus.topology", {"torch", "zmq", "numpy", "gymnasium"}),
         ("import ddrl_bus.algos", {"torch", "gymnasium", "zmq"}),
         ("import ddrl_bus.envs", {"torch", "zmq", "ale_py", "minatar", "minigrid", "cv2", "pygame", "matplotlib"}),

@@ -18,13 +18,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Final
 
 import numpy as np
 
+from ddrl_bus.bench.report import COUNT, PER_S, SHARE, About, Kind, Row, S, row
 from ddrl_bus.envs import EnvConfig, VectorEnv
 from ddrl_bus.errors import DdrlError, UnreachableError
 from ddrl_bus.launch import closing, remote, run_dir
@@ -50,36 +50,38 @@ _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 Process = subprocess.Popen[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    actors: int
-    join_s: float
-    """from the first start until all were at work"""
-    unrolls_per_s: float
-    """that the learner trained on"""
-    controller_cpu: float
-    """cores"""
-    controller_mib: float
-    learner_cpu: float
-    learner_mib: float
-    actor_mib: float
-    """mean of what a process has for itself alone"""
-    stop_s: float
-    """from asking the controller until all processes were gone"""
-    produced: int
-    lost: int
-    closed: bool
-    """the books of all unrolls add up"""
+ABOUT: Final = About(
+    bench="actors",
+    title="What one more actor costs the controller and the learner",
+    method=f"""A real controller, a real learner, and actors that are real in all but their environments: each a
+process with a bus, sockets, a ledger and heartbeats of its own, which sends a recorded unroll every {PERIOD_S:g} s.
+The learner's batch is a round of all of them, so that it publishes weights as often, to each. Then the run is
+stopped.""",
+    reading="""CPU is of one core; an actor's share of it is the figure to look at. All at work: how long after the
+first actor the last one had sent something. Gone: how long after the controller was asked until no process was left.
+Memory of an actor is what its process has for itself alone. Open books are 0 where every unroll is accounted for.""",
+)
+MIB: Final = Kind("MiB")
+_SERVICE: Final = {"CPU": SHARE, "an actor": Kind("%", digits=3), "memory": MIB}
+_ACTORS: Final = {
+    "all at work": S,
+    "trained": PER_S,
+    "memory each": MIB,
+    "gone": S,
+    "unrolls": COUNT,
+    "lost": COUNT,
+    "open books": COUNT,
+}
 
 
 def measure(counts: Sequence[int] = COUNTS, seconds: float = 10.0) -> Iterator[Row]:
-    """A row for each number of actors, with figures over so many seconds."""
+    """Rows of each number of actors, with figures over so many seconds."""
     for count in counts:
         with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as name:
-            yield _run(count, seconds, Path(name))
+            yield from _run(count, seconds, Path(name))
 
 
-def _run(count: int, seconds: float, folder: Path) -> Row:
+def _run(count: int, seconds: float, folder: Path) -> Iterator[Row]:
     plan = plan_of("quickstart", _overrides(count), probe=False, fresh=True)
     run_dir.create(plan, path=folder, command=sys.argv, started=time.time())
     with run_dir.sockets(plan, plan.controller.host), contextlib.ExitStack() as stack:
@@ -102,20 +104,13 @@ def _run(count: int, seconds: float, folder: Path) -> Row:
         if failed := [name for name, process in processes.items() if process.returncode]:
             raise DdrlError(f"{', '.join(failed)} failed; what they said is above")
     (balance,) = ledger.audit(closing.lives(folder)).values()
-    return Row(
-        actors=count,
-        join_s=joined - began,
-        unrolls_per_s=rates["unrolls"],
-        controller_cpu=rates["controller-0"],
-        controller_mib=mib["controller-0"],
-        learner_cpu=rates["learner-0"],
-        learner_mib=mib["learner-0"],
-        actor_mib=float(np.mean(own)),
-        stop_s=gone - asked,
-        produced=balance.produced,
-        lost=balance.lost,
-        closed=balance.closed and balance.produced == balance.accepted + balance.refused + balance.lost,
-    )
+    for name in SERVICES:
+        cpu = 100 * rates[name]
+        found = {"CPU": cpu, "an actor": cpu / count, "memory": mib[name]}
+        yield row(f"{count} actors", name, [found], _SERVICE, main="an actor")
+    found = {"all at work": joined - began, "trained": rates["unrolls"], "memory each": float(np.mean(own))}
+    found |= {"gone": gone - asked, "unrolls": balance.produced, "lost": balance.lost}
+    yield row(f"{count} actors", "actors", [found | {"open books": int(not balance.closed)}], _ACTORS)
 
 
 def _overrides(count: int) -> tuple[str, ...]:
@@ -257,26 +252,6 @@ def _fork(plan: Plan, name: str, folder: Path) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-# ---- what is printed
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    yield (
-        f"{'':>8}{'':>10}{'':>12}  {'controller':>22}  {'learner':>22}{'an actor':>10}\n"
-        f"{'actors':>8}{'all in s':>10}{'unrolls/s':>12}  {'cores':>7}{'%/actor':>8}{'MiB':>7}  "
-        f"{'cores':>7}{'%/actor':>8}{'MiB':>7}{'MiB':>10}{'stop s':>8}{'unrolls':>9}{'lost':>6}  books"
-    )
-    for row in rows:
-        controller, learner = (100 * cpu / row.actors for cpu in (row.controller_cpu, row.learner_cpu))
-        yield (
-            f"{row.actors:>8}{row.join_s:>10.1f}{row.unrolls_per_s:>12.1f}  "
-            f"{row.controller_cpu:>7.3f}{controller:>8.3f}{row.controller_mib:>7.0f}  "
-            f"{row.learner_cpu:>7.3f}{learner:>8.3f}{row.learner_mib:>7.0f}{row.actor_mib:>10.1f}"
-            f"{row.stop_s:>8.1f}{row.produced:>9,}{row.lost:>6}  {'closed' if row.closed else 'OPEN'}"
-        )
 
 
 if __name__ == "__main__":

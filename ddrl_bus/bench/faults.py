@@ -23,6 +23,7 @@ from typing import Final
 
 from ddrl_bus.bench.cable import ADDRESSES, MISSING, Cable, plugged_in
 from ddrl_bus.bench.proxy import Proxy, proxy
+from ddrl_bus.bench.report import COUNT, About, Kind, Row, S, row
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
 from ddrl_bus.launch import remote
 from ddrl_bus.nodes.controller import DEAD_S
@@ -88,23 +89,27 @@ def faults(partition_s: Sequence[float], others_s: float = 10.0) -> list[Fault]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    fault: str
-    lasts_s: float
-    noticed_s: float | None
-    """after its beginning the controller takes the far actor for dead; None: never"""
-    goes_on_s: float
-    """after its end the learner takes an unroll of the far actor; of a leaky one: longest time without one meanwhile"""
-    near: float | None
-    """unrolls of the near actor that were taken meanwhile, as a share of before; None if it was over at once"""
-    far: float | None
-    """the same of the far one"""
-    produced: int
-    lost: int
-    """by both, from start to end of the run"""
-    closed: bool
-    """the ledger adds up"""
+ABOUT: Final = About(
+    bench="faults",
+    title="How soon training goes on after a network was bad, and what that lost",
+    method="""A real run for each fault: a learner with one actor beside it, the near one, and one on another host,
+the far one. Partitions, loss and a narrow cable are those of two network namespaces; delay, silence and resets are
+those of a proxy between two shares of the run on this machine. What is counted is read from the nodes' ledgers.""",
+    reading=f"""Goes on: how long after the fault's end the learner takes an unroll of the far actor; where something
+comes through all the time, the longest gap between two of them. Noticed: after which the controller takes the far
+actor for dead; left out if it never does. Near and far: unrolls of either meanwhile, as a share of those in the
+{QUIET_S:g} s before. Unrolls and lost: of the whole run, in whose books they should add up: open books 0.""",
+)
+_KINDS: Final = {
+    "noticed": S,
+    "goes on": S,
+    "longest gap": S,
+    "near": Kind("%", "more", 0),
+    "far": Kind("%", "more", 0),
+    "unrolls": COUNT,
+    "lost": COUNT,
+    "open books": COUNT,
+}
 
 
 def measure(chosen: Sequence[Fault]) -> Iterator[Row]:
@@ -127,19 +132,19 @@ def _row(fault: Fault, run: Run, inject: AbstractContextManager[None]) -> Row:
         meanwhile = run.watch(fault.lasts_s)
     after = run.watch(PATIENCE_S, until_far=True)
     run.watch(QUIET_S)
-    balance = run.end()
-    near, far = (m / b if fault.lasts_s and b else None for m, b in zip(meanwhile.rates, before.rates, strict=True))
-    return Row(
-        fault.name,
-        fault.lasts_s,
-        meanwhile.noticed_s,
-        meanwhile.pause_s if fault.leaky else after.pause_s,
-        near,
-        far,
-        balance.produced,
-        balance.lost,
-        balance.closed and balance.produced == balance.accepted + balance.refused + balance.lost,
-    )
+    return row_of(fault, before, meanwhile, after, run.end())
+
+
+def row_of(fault: Fault, before: Seen, meanwhile: Seen, after: Seen, balance: ledger.Balance) -> Row:
+    pairs = zip(("near", "far"), meanwhile.rates, before.rates, strict=True)
+    found = {who: 100 * during / usual for who, during, usual in pairs if fault.lasts_s and usual}
+    found |= {} if meanwhile.noticed_s is None else {"noticed": meanwhile.noticed_s}
+    found |= {"longest gap": meanwhile.pause_s} if fault.leaky else {"goes on": after.pause_s}
+    found |= {"unrolls": balance.produced, "lost": balance.lost, "open books": int(not balance.closed)}
+    kinds = {name: kind for name, kind in _KINDS.items() if name in found}
+    name = f"{fault.name}, {fault.lasts_s:g} s" if fault.lasts_s else fault.name
+    section, main = ("a bad line", "longest gap") if fault.leaky else ("a dead line", "goes on")
+    return row(section, name, [found], kinds, main=main)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,16 +268,3 @@ def between(near: str, far: str, ports: Sequence[int]) -> Iterator[Do]:
         loop.call_soon_threadsafe(over.set)
         thread.join()
         loop.close()
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    head = f"{'fault':<18}{'lasts s':>8}{'noticed s':>11}{'goes on s':>11}{'near':>7}{'far':>7}"
-    yield f"{head}{'produced':>10}{'lost':>6}  ledger"
-    for row in rows:
-        noticed = "-" if row.noticed_s is None else f"{row.noticed_s:.1f}"
-        near, far = ("-" if share is None else f"{share:.0%}" for share in (row.near, row.far))
-        yield (
-            f"{row.fault:<18}{row.lasts_s:>8.0f}{noticed:>11}{row.goes_on_s:>11.2f}{near:>7}{far:>7}"
-            f"{row.produced:>10}{row.lost:>6}  {'closed' if row.closed else 'OPEN'}"
-        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -22,6 +23,7 @@ from ddrl_bus.algos import algorithm
 from ddrl_bus.algos.base import Algorithm, Batch
 from ddrl_bus.algos.lazy import torch
 from ddrl_bus.bench.control import Training
+from ddrl_bus.bench.report import US, About, Kind, Repeat, Row, row
 from ddrl_bus.envs import EnvConfig
 from ddrl_bus.nodes.trainer import overflown
 from ddrl_bus.transport.wire import Arena
@@ -57,67 +59,63 @@ CASES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Largest differences of logits or Q over the observations of a batch, medians over the updates."""
-
-    network: str
-    weights: int
-    updates: int
-    """Made when the looking ended."""
-    error: float
-    step: float
-    ratio: float
-    """Median of the paired ones."""
-    spread: tuple[float, float]
-    flipped: float
-    """Share of observations whose best action becomes another by rounding."""
-    float32_us: float
-    float16_us: float
-    numpy_us: float
+ABOUT: Final = About(
+    bench="precision",
+    title="What weights in half precision change of what actors say",
+    method=f"""A network is trained without a bus. Then, update by update, its logits or Q are taken of the batch
+that was just played: by its weights, by these rounded to float16 (error), and by those after one more update (step).
+A repeat is one of {UPDATES} updates. Then its weights are copied into a frame as a learner's thread does it,
+{COPIES} times each in turn: as float32, as float16 with a look whether all fit, and by numpy.""",
+    reading="""Error and step are the largest differences over the observations of a batch. The change of an update
+is what actors live with anyway, for they are a version or more behind: error/step is the figure to look at. Best
+action changes: of so many observations.""",
+    baseline="one update, or a copy in float32",
+)
+_DIFFERENCE: Final = Kind("", digits=6)
+_SAID: Final = {"error": _DIFFERENCE, "step": _DIFFERENCE, "best action changes": Kind("%", digits=2)}
+_COPIED: Final = {"float32": US, "float16": US, "by numpy": US}
 
 
 def measure(cases: Sequence[Case] = CASES, updates: int = UPDATES) -> Iterator[Row]:
+    """Two rows for each case."""
     torch.set_num_threads(1)
+    learners = []
     for case in cases:
-        yield _row(case, updates)
+        with closing(_trained(case)) as training:
+            found = [_rounded(training) for _ in range(updates)]
+        learners.append((case.name, training.learner))
+        yield row("what actors say", case.name, found, _SAID, {"error/step": ("error", "step")})
+    for name, learner in learners:
+        name += f", {sum(p.numel() for p in learner.net.parameters()):,} weights"
+        yield row("a copy into a frame", name, _copying(learner), _COPIED, {"ratio": ("float16", "float32")})
 
 
-def _row(case: Case, updates: int) -> Row:
+def _trained(case: Case) -> Training:
     rule = algorithm(case.algo)
     training = Training(case.env, rule, rule.Config(**case.settings), envs=case.envs, seed=1)
+    while training.learner.env_steps < case.steps:
+        training.update()
+    return training
+
+
+def _rounded(training: Training) -> Repeat:
+    """What rounding changes, and then an update."""
     learner = training.learner
-    while learner.env_steps < case.steps:
-        training.update()
-    rounded = rule.network(learner.config, learner.spaces, None)
-    errors, steps, flips = [], [], []
-    for _ in range(updates):
-        halves = {name: array.astype(np.float16) for name, array in learner.weights().items()}
-        rounded.load_state_dict({name: torch.from_numpy(array) for name, array in halves.items()})
-        exact = rule.network(learner.config, learner.spaces, None)
-        exact.load_state_dict(learner.net.state_dict())
-        training.update()
-        said, roughly, later = (_said(net, training.batch.to("cpu")) for net in (exact, rounded, learner.net))
-        errors.append(float((roughly - said).abs().max()))
-        steps.append(float((later - said).abs().max()))
-        flips.append(float((roughly.argmax(-1) != said.argmax(-1)).float().mean()))
-    training.close()
-    ratios = np.divide(errors, steps)
-    return Row(
-        case.name,
-        sum(p.numel() for p in learner.net.parameters()),
-        learner.updates,
-        float(np.median(errors)),
-        float(np.median(steps)),
-        float(np.median(ratios)),
-        (float(ratios.min()), float(ratios.max())),
-        float(np.mean(flips)),
-        *_copying(learner),
-    )
+    exact, rounded = (type(learner).network(learner.config, learner.spaces, None) for _ in range(2))
+    exact.load_state_dict(learner.net.state_dict())
+    halves = {name: array.astype(np.float16) for name, array in learner.weights().items()}
+    rounded.load_state_dict({name: torch.from_numpy(array) for name, array in halves.items()})
+    training.update()
+    said, roughly, later = (_said(net, training.batch.to("cpu")) for net in (exact, rounded, learner.net))
+    return {
+        "error": float((roughly - said).abs().max()),
+        "step": float((later - said).abs().max()),
+        "best action changes": 100 * float((roughly.argmax(-1) != said.argmax(-1)).float().mean()),
+    }
 
 
-def _copying(learner: Algorithm[Any]) -> Iterator[float]:
-    """Microseconds, medians, taken in turn."""
+def _copying(learner: Algorithm[Any]) -> list[Repeat]:
+    """Microseconds, taken in turn."""
     weights = learner.weights()
     whole, half = (Arena.of("", {n: w.astype(dtype) for n, w in weights.items()}) for dtype in (np.float32, np.float16))
 
@@ -129,9 +127,12 @@ def _copying(learner: Algorithm[Any]) -> Iterator[float]:
         for name, array in half.arrays.items():
             array[...] = weights[name]
 
-    ways = (partial(learner.copy_weights, whole.arrays), halves, by_numpy)
-    seconds = [[_seconds(way) for way in ways] for _ in range(COPIES)]
-    yield from (np.median(seconds, axis=0) * 1e6).tolist()
+    ways: dict[str, Callable[[], None]] = {
+        "float32": partial(learner.copy_weights, whole.arrays),
+        "float16": halves,
+        "by numpy": by_numpy,
+    }
+    return [{name: _seconds(way) * 1e6 for name, way in ways.items()} for _ in range(COPIES)]
 
 
 def _seconds(way: Callable[[], None]) -> float:
@@ -145,16 +146,3 @@ def _said(net: Any, batch: Batch) -> Any:
     with torch.inference_mode():
         said = net.unroll(batch)
     return said if isinstance(said, torch.Tensor) else said[0]
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    head = f"{'network':<34}{'weights':>10}{'updates':>9}{'error':>10}{'step':>10}{'error/step':>12}"
-    yield f"{head}  {'spread':<16}{'best action changes':>20}{'float32 µs':>12}{'float16 µs':>12}{'by numpy':>10}"
-    for row in rows:
-        spread = f"{row.spread[0]:.3f} to {row.spread[1]:.3f}"
-        yield (
-            f"{row.network:<34}{row.weights:>10,}{row.updates:>9,}{row.error:>10.2g}{row.step:>10.2g}"
-            f"{row.ratio:>12.3f}  {spread:<16}{row.flipped:>20.2%}"
-            f"{row.float32_us:>12.0f}{row.float16_us:>12.0f}{row.numpy_us:>10.0f}"
-        )

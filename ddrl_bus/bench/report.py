@@ -32,6 +32,7 @@ class Kind:
 
 US: Final = Kind("µs")
 MS: Final = Kind("ms")
+S: Final = Kind("s", digits=2)
 RATIO: Final = Kind("×", digits=2)
 GAIN: Final = Kind("×", "more", 2)
 PER_S: Final = Kind("/s", "more", 0)

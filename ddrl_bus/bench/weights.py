@@ -11,22 +11,20 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import multiprocessing
-import os
-import statistics
 import struct
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import zmq
 
+from ddrl_bus.bench.cable import ADDRESSES, MISSING, Cable, plugged_in
+from ddrl_bus.bench.report import BYTES, MS, About, Repeat, Row, row
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.transport.bus import Bus
@@ -48,21 +46,19 @@ MOVES: Final = (1.0, 0.45)
 """How much of the rows of weights an optimiser step moves: all; or as in a convolutional network that learns Pong."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Of one way; milliseconds, medians over the rounds."""
-
-    way: str
-    subscribers: int
-    bytes: int
-    """of a value"""
-    all_hold_ms: float
-    p90_ms: float
-    publisher_cpu_ms: float
-    cpu_ms: float
-    """a value, of all processes"""
-    sent_bytes: float
-    """a value; between hosts only"""
+ABOUT: Final = About(
+    bench="weights",
+    title="How soon many processes hold the newest weights",
+    method="""On one host, turn by turn in one run: our link, whose subscribers read the value where it lies, and a
+bare PUB/SUB pair of pyzmq with one frame a value. Each subscriber looks at every page of the array and says so; a
+round, which is a repeat, ends when all have. Between two hosts, which are network namespaces joined by a narrow
+cable: half-precision weights, whole and as differences, after optimiser steps that moved all rows of weights, or 45
+% of them.""",
+    reading="""Until all hold it: from publishing to the last word. Between hosts the ratios are of differences to
+whole values, first of the time and then of the bytes.""",
+    baseline="bare PUB/SUB, or whole values",
+)
+WHAT: Final = ("until all hold it", "processor time of the publisher", "processor time of all")
 
 
 # ── one host ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,28 +67,35 @@ class Row:
 def measure(subscribers: int = 16, size: int = SIZE, rounds: int = 50) -> Iterator[Row]:
     """The link, and bare PUB/SUB."""
     with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder, ExitStack() as undo:
-        sides: dict[str, Callable[..., None]] = {"link": _subscribe, "bare PUB/SUB": _subscribe_bare}
+        sides: dict[str, Callable[..., None]] = {"link": _subscribe, "bare": _subscribe_bare}
         addresses = {way: f"ipc://{folder}/{n}" for n, way in enumerate(sides)}
         acks = {way: undo.enter_context(_acks(f"{address}.acks")) for way, address in addresses.items()}
         for way, side in sides.items():
             ends = [(side, (n, addresses[way], f"{addresses[way]}.acks")) for n in range(subscribers)]
             undo.enter_context(_running(ends))
-        yield from asyncio.run(_on_one_host(addresses, acks, subscribers, size, rounds))
+        timed = asyncio.run(_on_one_host(addresses, acks, subscribers, size, rounds))
+    figures = {way: _figures(of[WARM_UP - 1 :]) for way, of in timed.items()}
+    for n, what in enumerate(WHAT):
+        found = [
+            dict(zip(figures, each, strict=True)) for each in zip(*(of[n] for of in figures.values()), strict=True)
+        ]
+        section = f"{subscribers} processes of this host, {size:,} bytes"
+        yield row(section, what, found, dict.fromkeys(figures, MS), {"ratio": ("link", "bare")})
 
 
 async def _on_one_host(
     addresses: dict[str, str], acks: dict[str, zmq.Socket[bytes]], subscribers: int, size: int, rounds: int
-) -> list[Row]:
+) -> dict[str, list[_Round]]:
     keep_freed_memory()  # as every node does
     bus = Bus("learner-0", 1, Ledger())
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     bare = context.socket(zmq.PUB)
-    bare.bind(addresses["bare PUB/SUB"])
+    bare.bind(addresses["bare"])
     publisher = bus.publisher("weights", [addresses["link"]])
     weights = np.random.default_rng(0).standard_normal(size // 4, np.float32)
     send = {
         "link": lambda number, arena: publisher.publish(number, arena, {}),
-        "bare PUB/SUB": lambda number, arena: bare.send(arena.encode("learner-0", 1, number, {}), copy=False),
+        "bare": lambda number, arena: bare.send(arena.encode("learner-0", 1, number, {}), copy=False),
     }
     timed: dict[str, list[_Round]] = {way: [] for way in send}
     try:
@@ -107,7 +110,7 @@ async def _on_one_host(
     finally:
         bus.close()
         context.destroy(linger=0)
-    return [_row(way, subscribers, weights.nbytes, of[WARM_UP:]) for way, of in timed.items()]
+    return timed
 
 
 async def _until_all_are_there(
@@ -130,8 +133,7 @@ async def _until_all_are_there(
     return number
 
 
-@dataclass(frozen=True, slots=True)
-class _Round:
+class _Round(NamedTuple):
     seconds: float
     publisher_s: float
     others_s: float
@@ -154,21 +156,11 @@ def _round(
     return _Round(time.perf_counter() - began, time.process_time() - cpu, sum(others.values()))
 
 
-def _row(way: str, subscribers: int, size: int, rounds: Sequence[_Round], sent: float = 0.0) -> Row:
-    seconds = sorted(each.seconds for each in rounds)
-    publisher = statistics.median(each.publisher_s for each in rounds)
-    others = (rounds[-1].others_s - rounds[0].others_s) / max(1, len(rounds) - 1)
-    p90 = seconds[min(len(seconds) - 1, int(0.9 * len(seconds)))]
-    return Row(
-        way,
-        subscribers,
-        size,
-        1e3 * statistics.median(seconds),
-        1e3 * p90,
-        1e3 * publisher,
-        1e3 * (publisher + others),
-        sent,
-    )
+def _figures(rounds: Sequence[_Round]) -> list[list[float]]:
+    """Milliseconds, [WHAT, rounds - 1]: the first one tells what the others have used before."""
+    seconds, publisher, others = 1e3 * np.array(rounds).T
+    figures: list[list[float]] = np.stack([seconds[1:], publisher[1:], publisher[1:] + np.diff(others)]).tolist()
+    return figures
 
 
 # ── subscribers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -241,55 +233,71 @@ def _running(ends: Sequence[_End]) -> Iterator[None]:
 # ── between hosts ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+PORT: Final = 5555
+_FAR: Final = {"": MS, " CPU": MS, " sent": BYTES}
+"""Of each way; CPU is the publisher's."""
+
+
 def measure_between_hosts(mbit: float, size: int = SIZE, rounds: int = 10) -> Iterator[Row]:
     """Half-precision weights over a cable of so many megabit a second, from publishing until the other host holds them.
 
     Raises:
-        UsageError: we may not make network namespaces.
+        UsageError: this machine cannot make namespaces.
     """
-    if os.geteuid() != 0:
-        raise UsageError("--mbit needs two network namespaces, which only root may make")
-    with _cable(mbit) as (here, there), tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
+    if MISSING:
+        raise UsageError(f"bench weights --mbit: {MISSING}")
+    kinds = {way + what: kind for what, kind in _FAR.items() for way in ("whole", "delta")}
+    ratios = {"ratio": ("delta", "whole"), "bytes ratio": ("delta sent", "whole sent")}
+    patience_s = PATIENCE_S + rounds * size * 16 / (mbit * 1e6)
+    with plugged_in() as cable, cable.narrow(mbit * 1e6 / 8):
         for moves in MOVES:
-            for codec in ("none", "delta"):
-                spawn = multiprocessing.get_context("spawn")
-                ours, theirs = spawn.Pipe()
-                acks = f"ipc://{folder}/acks"  # past the cable
-                args = (codec, moves, size, rounds, acks, here, theirs)
-                address = f"tcp://{_ADDRESSES[0]}:{_PORT}"
-                ends: list[_End] = [(_publish_far, args), (_subscribe, (0, address, acks, there))]
-                with _running(ends):
-                    if not ours.poll(PATIENCE_S + rounds * size * 16 / (mbit * 1e6)):
-                        raise UsageError("nothing came over the cable")
-                    yield ours.recv()
+            whole, delta = (_far(cable, codec, moves, size, rounds, patience_s) for codec in ("none", "delta"))
+            found = [
+                {f"{way}{what}": value for way, each in zip(("whole", "delta"), pair, strict=True)
+                 for what, value in each.items()}
+                for pair in zip(whole, delta, strict=True)
+            ]  # fmt: skip
+            yield row(f"another host, {mbit:g} Mbit/s, {size:,} bytes", f"{moves:.0%} moves", found, kinds, ratios)
 
 
-_ADDRESSES: Final = ("10.78.0.1", "10.78.0.2")
-_PORT: Final = 5555
+def _far(cable: Cable, codec: str, moves: float, size: int, rounds: int, patience_s: float) -> list[Repeat]:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    here, there = (cable.namespaces[host] for host in ("gpu0", "cpu1"))
+    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
+        acks = f"ipc://{folder}/acks"  # past the cable
+        address = f"tcp://{ADDRESSES['gpu0']}:{PORT}"
+        publish = (_publish_far, (codec, moves, size, rounds, address, acks, here, theirs))
+        with _running([publish, (_subscribe, (0, address, acks, there))]):
+            if not ours.poll(patience_s):
+                raise UsageError("nothing came over the cable")
+            found: list[Repeat] = ours.recv()
+    return found
 
 
-def _publish_far(codec: Codec, moves: float, size: int, rounds: int, acks: str, namespace: str, result: Any) -> None:
-    async def main() -> Row:
+def _publish_far(
+    codec: Codec, moves: float, size: int, rounds: int, address: str, acks: str, namespace: str, result: Any
+) -> None:
+    async def main() -> list[Repeat]:
         ledger = Ledger()
-        publisher = Bus("learner-0", 1, ledger).publisher("weights", [f"tcp://{_ADDRESSES[0]}:{_PORT}"], codec)
+        publisher = Bus("learner-0", 1, ledger).publisher("weights", [address], codec)
         rng = np.random.default_rng(0)
         weights = rng.standard_normal((size // 1024, 512), np.float32) * 0.03
-        timed = []
+        found: list[Repeat] = []
+        sent = 0
         with _acks(acks) as heard:
             for number in range(1, rounds + 2):
                 began, cpu = time.perf_counter(), time.process_time()
                 publisher.publish(number, Arena.of("weights", {"w": weights.astype(np.float16)}), {})
                 while not heard.poll(0):  # noqa: ASYNC110  - it is not of this loop
                     await asyncio.sleep(0.0005)
-                _, ack = heard.recv_multipart()
-                timed.append(_Round(time.perf_counter() - began, time.process_time() - cpu, _ACK.unpack(ack)[1]))
-                if number == 1:
-                    before = ledger.snapshot()["weights/bytes_out"]
+                heard.recv_multipart()
+                before, sent = sent, ledger.snapshot()["weights/bytes_out"]
+                took, used = time.perf_counter() - began, time.process_time() - cpu
+                found.append({"": 1e3 * took, " CPU": 1e3 * used, " sent": sent - before})
                 moved = rng.random((len(weights), 1)) < moves
                 weights += 2.5e-4 * 0.1 * rng.standard_normal(weights.shape, np.float32) * moved
-        sent = (ledger.snapshot()["weights/bytes_out"] - before) / rounds
-        way = f"{'whole' if codec == 'none' else codec}, {moves:.0%} moves"
-        return _row(way, 1, weights.size * 2, timed[1:], sent)
+        return found[1:]  # without the connecting
 
     _enter(namespace)
     keep_freed_memory()
@@ -303,45 +311,3 @@ def _enter(namespace: str) -> None:
         with Path(f"/run/netns/{namespace}").open() as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) != 0:
                 raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
-
-
-@contextmanager
-def _cable(mbit: float) -> Iterator[tuple[str, str]]:
-    """Two network namespaces and the cable between them, that lets so much through each way."""
-    names = [f"ddrl-bench-{os.getpid()}-{n}" for n in range(2)]
-    ends = [f"db{os.getpid()}{n}" for n in range(2)]
-    with ExitStack() as undo:
-        for name in names:
-            _ip("netns", "add", name)
-            undo.callback(_ip, "netns", "del", name)
-        _ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for name, end, address in zip(names, ends, _ADDRESSES, strict=True):
-            _ip("link", "set", end, "netns", name)
-            _ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
-            _ip("-n", name, "link", "set", end, "up")
-            limit = ("tbf", "rate", f"{mbit}mbit", "burst", "256kb", "latency", "50ms")
-            _call("tc", "-n", name, "qdisc", "add", "dev", end, "root", *limit)
-        yield names[0], names[1]
-
-
-def _ip(*words: str) -> None:
-    _call("ip", *words)
-
-
-def _call(*words: str) -> None:
-    try:
-        subprocess.run(words, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UsageError(f"{' '.join(words)}: {getattr(error, 'stderr', '') or error}") from None
-
-
-def rows_as_text(rows: Iterator[Row]) -> Iterator[str]:
-    """A table, a line at a time as the figures come."""
-    head = f"{'way':<22}{'subscribers':>12}{'bytes':>12}{'all hold ms':>13}{'p90 ms':>9}"
-    yield f"{head}{'publisher CPU ms':>18}{'CPU ms':>9}{'sent bytes':>13}"
-    for row in rows:
-        sent = f"{row.sent_bytes:>13,.0f}" if row.sent_bytes else f"{'-':>13}"
-        yield (
-            f"{row.way:<22}{row.subscribers:>12}{row.bytes:>12,}{row.all_hold_ms:>13.2f}{row.p90_ms:>9.2f}"
-            f"{row.publisher_cpu_ms:>18.2f}{row.cpu_ms:>9.2f}{sent}"
-        )

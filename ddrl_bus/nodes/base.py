@@ -253,7 +253,7 @@ class Node(ABC):
 
     def open_publisher(self, link: str) -> Publisher:
         port = self._port(link)
-        return self.bus.publisher(link, port.binds, port.link.codec)
+        return self.bus.publisher(link, port.binds, port.link.codec, port.link.rate)
 
     def open_subscriber(self, link: str, publisher: str | None = None) -> Subscriber:
         """Towards this publisher; without one, towards the only one there is."""

@@ -62,7 +62,7 @@ class NodePlan:
 @dataclass(frozen=True)
 class LinkPlan:
     """One link between groups. `window` counts messages; `max_lag` counts versions and `rate` bytes a second of one
-    sender, None is no bound."""
+    sender or publisher, None is no bound."""
 
     name: str
     kind: LinkKind

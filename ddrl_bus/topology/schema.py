@@ -194,7 +194,8 @@ class LinkSettings(Section):
     """queue: how large arrays travel, none or lz4; default: compressed where that pays. latest: delta sends to other
     hosts what differs from what they hold; default: none."""
     rate: Annotated[Size, Field(gt=0)] | None = None
-    """queue: bytes a second that each sender may put on it, however many receivers there are; default: no limit."""
+    """queue: bytes a second that each sender may put on it, however many receivers there are; latest: that a publisher
+    may send to other hosts. Default: no limit."""
     relay: bool | None = None
     """weights: a host on which several processes subscribe to another host's gets one copy; default: true."""
     precision: Precision | None = None

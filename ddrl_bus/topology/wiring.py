@@ -27,7 +27,7 @@ from ddrl_bus.topology.schema import (
 from ddrl_bus.topology.tree import Node, Problems, came, dotted
 
 QUEUE_WINDOW = 2  # one unroll under way while the receiver reads the other
-QUEUE_ONLY = ("window", "on_loss", "max_lag", "rate")
+QUEUE_ONLY = ("window", "on_loss", "max_lag")
 RELAYED_ONLY = ("relay", "precision")
 CODECS = {"queue": ("none", "lz4"), "latest": ("none", "delta"), "request": ()}
 _UNWRITTEN = LinkSettings.model_validate({})
@@ -89,6 +89,7 @@ class Wiring:
             message = f"got {came(settings.kind)}, expected {rule.kind}: {name} is {rule}"
             self.problems.add(node.find(["kind"]), dotted((*path, "kind")), message)
         wrong = dict.fromkeys(QUEUE_ONLY if rule.kind != "queue" else (), "a queue")
+        wrong |= {"rate": "a queue or a latest"} if rule.kind == "request" else {}
         wrong |= dict.fromkeys(() if rule.relayed else RELAYED_ONLY, " or ".join(RELAYED))
         for key, owner in wrong.items():
             if getattr(settings, key) is not None:

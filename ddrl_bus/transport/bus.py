@@ -56,8 +56,8 @@ class Bus:
     ) -> Receiver:
         return self._opened(Receiver(self, self._backend(binds), link, binds, window, on_loss, check))
 
-    def publisher(self, link: str, binds: Sequence[str], codec: Codec = "auto") -> Publisher:
-        return self._opened(Publisher(self, self._backend(binds), link, binds, codec))
+    def publisher(self, link: str, binds: Sequence[str], codec: Codec = "auto", rate: float | None = None) -> Publisher:
+        return self._opened(Publisher(self, self._backend(binds), link, binds, codec, rate))
 
     def subscriber(self, link: str, address: str) -> Subscriber:
         return self._opened(Subscriber(self, self._backend([address]), link, address))

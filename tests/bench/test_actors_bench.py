@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ddrl_bus.bench import actors
 
 
 def test_forty_actors_come_and_go_and_the_books_close() -> None:
-    (row,) = actors.measure([40], seconds=1)
-    assert row.actors == 40
-    assert row.closed
-    assert row.lost == 0
-    assert row.produced > 40
-    assert row.stop_s < 15
-    assert 0 < row.actor_mib < row.controller_mib
-    assert len("\n".join(actors.rows_as_text(iter([row]))).splitlines()) == 3
+    rows = list(actors.measure([40], seconds=1))
+    assert {row.section for row in rows} == {"40 actors"}
+    found = {row.name: {name: figure.median for name, figure in row.figures.items()} for row in rows}
+    assert list(found) == ["controller-0", "learner-0", "actors"]
+    for service in actors.SERVICES:
+        assert found[service]["an actor"] == pytest.approx(found[service]["CPU"] / 40)
+    of_all = found["actors"]
+    assert (of_all["lost"], of_all["open books"]) == (0, 0)
+    assert of_all["unrolls"] > 40
+    assert of_all["gone"] < 15
+    assert 0 < of_all["memory each"] < found["controller-0"]["memory"]

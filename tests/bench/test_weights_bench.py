@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 
 from ddrl_bus.bench import weights
+from ddrl_bus.bench.cable import MISSING
 from ddrl_bus.errors import UsageError
 
 
-def test_a_row_for_each_way() -> None:
-    link, bare = weights.measure(subscribers=2, size=400_000, rounds=3)
-    assert (link.way, bare.way) == ("link", "bare PUB/SUB")
-    for row in (link, bare):
-        assert (row.subscribers, row.bytes) == (2, 400_000)
-        assert 0 < row.all_hold_ms <= row.p90_ms
-        assert 0 < row.publisher_cpu_ms <= row.cpu_ms
-    assert len(list(weights.rows_as_text(iter([link, bare])))) == 3
+def test_each_way_meets_the_same_rounds() -> None:
+    held, publisher, everybody = weights.measure(subscribers=2, size=400_000, rounds=3)
+    assert [row.name for row in (held, publisher, everybody)] == list(weights.WHAT)
+    for row in (held, publisher, everybody):
+        assert row.section == "2 processes of this host, 400,000 bytes"
+        assert row.main == "ratio"
+        for link, bare, ratio in zip(*(row.figures[name].values for name in ("link", "bare", "ratio")), strict=True):
+            assert link > 0
+            assert ratio == pytest.approx(link / bare)
+        assert len(row.figures["ratio"].values) == 3
+    for way in ("link", "bare"):
+        for one, all_of_them in zip(publisher.figures[way].values, everybody.figures[way].values, strict=True):
+            assert one <= all_of_them
 
 
-@pytest.mark.skipif(bool(os.geteuid()) or not shutil.which("tc"), reason="needs root and iproute2")
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def test_differences_are_fewer_bytes_over_a_cable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "MOVES", (0.45,))
-    whole, delta = weights.measure_between_hosts(mbit=100, size=400_000, rounds=2)
-    assert whole.sent_bytes == pytest.approx(whole.bytes, rel=0.01)
-    assert 0 < delta.sent_bytes < whole.sent_bytes / 2
+    (row,) = weights.measure_between_hosts(mbit=100, size=400_000, rounds=2)
+    assert row.section == "another host, 100 Mbit/s, 400,000 bytes"
+    assert row.figures["whole sent"].median == pytest.approx(400_000, rel=0.01)
+    assert 0 < row.figures["delta sent"].median < row.figures["whole sent"].median / 2
+    assert len(row.figures["ratio"].values) == 2
 
 
 def test_without_rights_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(UsageError, match="only root"):
+    monkeypatch.setattr(weights, "MISSING", "needs root")
+    with pytest.raises(UsageError, match="needs root"):
         list(weights.measure_between_hosts(mbit=100))

@@ -23,6 +23,7 @@ from ddrl_bus.topology.schema import (
     Size,
     split_address,
 )
+from ddrl_bus.topology.show import terms
 from ddrl_bus.topology.tree import came, resolve
 
 from .fakes import (
@@ -295,6 +296,13 @@ def test_a_queue_may_bound_what_each_sender_puts_on_it(tmp_path: Path, written: 
     plan = load_text(tmp_path, BASE, f"links.trajectories.rate={written}")
     assert plan.links["trajectories"].rate == rate
     assert f"rate: {rate}" in plan.lock()
+
+
+def test_a_publisher_may_be_bound_too(tmp_path: Path) -> None:
+    plan = load_text(tmp_path, BASE, "links.weights.rate=10MiB")
+    assert plan.links["weights"].rate == 10 << 20
+    assert "rate 10MiB/s" in terms(plan.links["weights"])
+    assert load_text(tmp_path, plan.lock()).links["weights"].rate == 10 << 20
 
 
 def test_a_link_may_name_its_codec(tmp_path: Path) -> None:

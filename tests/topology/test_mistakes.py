@@ -325,7 +325,11 @@ MISTAKES = {
     "precision": (BASE + LINKS.replace("{to", "{precision: ‹half, to"), "links.weights.precision", "float16, float32"),
     "rate": (BASE + LINKS.replace("{from", "{rate: ‹10Mbit, from"), "links.trajectories.rate", "a size such as 64MiB"),
     "no rate": (BASE + LINKS.replace("{from", "{rate: ‹0, from"), "links.trajectories.rate", "more than 0"),
-    "rate of weights": (BASE + LINKS.replace("{to", "{‹rate: 1MiB, to"), "links.weights.rate", "only a queue has it"),
+    "rate of requests": (
+        BASE + "links: {progress: {‹rate: 1MiB}}",
+        "links.progress.rate",
+        "only a queue or a latest has it",
+    ),
     "no window": (BASE + LINKS.replace("{to", "{‹window: 2, to"), "links.weights.window", "only a queue has it"),
     "window": (BASE + LINKS.replace("{from", "{window: ‹0, from"), "links.trajectories.window", "at least 1"),
     "loss": (BASE + LINKS.replace("{from", "{on_loss: ‹drop, from"), "links.trajectories.on_loss", "count, resend"),

@@ -144,8 +144,8 @@ class Net:
     ) -> Sender:
         return self.bus(node, epoch).sender("data", {name: self.address(name) for name in to}, on_loss, codec, rate)
 
-    def publisher(self, epoch: int = 1, codec: Codec = "auto") -> Publisher:
-        return self.bus("publisher", epoch).publisher("weights", [self.address("publisher")], codec)
+    def publisher(self, epoch: int = 1, codec: Codec = "auto", rate: float | None = None) -> Publisher:
+        return self.bus("publisher", epoch).publisher("weights", [self.address("publisher")], codec, rate)
 
     def subscriber(self, node: str = "subscriber", epoch: int = 1) -> Subscriber:
         return self.bus(node, epoch).subscriber("weights", self.address("publisher"))

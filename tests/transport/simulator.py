@@ -705,7 +705,7 @@ class PublisherLife(Life):
         pipe.send(self.core.version, self.core.value, control=True)
 
     def _send_more(self, life: latest.Life) -> None:
-        for chunk in self.core.more(life):
+        for chunk in self.core.more(life, self.world.now):
             self._chunk(self.pipes[life], chunk)
 
     def _chunk(self, pipe: Pipe, chunk: Chunk) -> None:

@@ -24,6 +24,7 @@ from ddrl_bus.transport.sessions.latest import (
     LatestSubscriber,
     digest,
 )
+from ddrl_bus.transport.sessions.rate import BURST_S
 
 V1, V2, V3 = (1, 1), (1, 2), (1, 3)
 LIFE = ("actor-0", 1)
@@ -51,7 +52,7 @@ def ask(number: int = 1, received: int = 0, held: Version = NOTHING, **more: Any
 
 def first(publisher: LatestPublisher, question: Ask | None = None) -> list[Chunk]:
     assert publisher.asked(LIFE, question or ask())
-    return publisher.more(LIFE)
+    return publisher.more(LIFE, now=0.0)
 
 
 def chunks(version: Version, content: memoryview) -> list[Chunk]:
@@ -75,7 +76,7 @@ def converse(publisher: LatestPublisher, core: LatestSubscriber, now: float = 0.
         told = question is not None
         if question:
             assert publisher.asked(LIFE, question)
-        for chunk in publisher.more(LIFE):
+        for chunk in publisher.more(LIFE, now=0.0):
             told = True
             if complete := core.chunk(chunk.head, chunk.body, now):
                 assert complete[1] == publisher.value
@@ -281,25 +282,25 @@ def test_a_question_waits_for_a_value_that_is_newer() -> None:
     assert first(publisher) == []
     assert publisher.beacon(LIFE) == []
     publisher.publish(V1, frame(10))
-    (chunk,) = publisher.more(LIFE)
+    (chunk,) = publisher.more(LIFE, now=0.0)
     assert (chunk.head[:4], chunk.body) == ([1, 1, len(publisher.value), 0], publisher.value)
-    assert publisher.more(LIFE) == []
+    assert publisher.more(LIFE, now=0.0) == []
     assert first(publisher, ask(2, len(chunk.body), V1)) == []
     publisher.publish(V2, frame(10, V2))
-    assert [c.payload.version for c in publisher.more(LIFE)] == [V2]
+    assert [c.payload.version for c in publisher.more(LIFE, now=0.0)] == [V2]
 
 
 def test_no_more_than_a_window_is_on_its_way() -> None:
     publisher = published(V1, size=10 * CHUNK)
     sent = first(publisher)
     assert sum(len(c.body) for c in sent) == WINDOW
-    assert publisher.more(LIFE) == []
+    assert publisher.more(LIFE, now=0.0) == []
     assert first(publisher, ask(2)) == []  # it asks again, with nothing received
     (more,) = first(publisher, ask(3, received=CHUNK))
     assert more.offset == WINDOW
     for version in (V2, V3):
         publisher.publish(version, frame(10 * CHUNK, version))
-        assert publisher.more(LIFE) == []
+        assert publisher.more(LIFE, now=0.0) == []
 
 
 def test_who_says_to_have_received_what_was_never_sent_gets_a_window() -> None:
@@ -390,7 +391,7 @@ def test_only_so_many_values_are_kept() -> None:
     for number in range(1, 20):
         publisher.publish((1, number), changed((1, number)))
         publisher.asked((f"actor-{number}", 1), ask())
-        publisher.more((f"actor-{number}", 1))
+        publisher.more((f"actor-{number}", 1), now=0.0)
     assert list(publisher._kept) == [(1, number) for number in range(20 - KEPT, 20)]
 
 
@@ -413,3 +414,58 @@ def test_a_difference_that_does_not_fit_is_torn_and_the_whole_comes() -> None:
     with pytest.raises(WireError, match="torn"):
         converse(publisher, core, 1.0)
     assert converse(publisher, core, 1.0) == [V2]
+
+
+# ── rate ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_span_of_time_carries_more_than_the_rate_and_everybody_gets_a_turn() -> None:
+    """Three who fetch 16 chunks each, with all the room there is on the way, at two chunks a second."""
+    publisher, now = LatestPublisher(rate=2 * CHUNK, now=5.0), 5.0
+    publisher.publish(V1, frame(16 * CHUNK))
+    lives = [(f"actor-{n}", 1) for n in range(3)]
+    sent: list[tuple[float, tuple[str, int]]] = []
+
+    def send(life: tuple[str, int]) -> None:
+        sent.extend((now, life) for _ in publisher.more(life, now))
+
+    for life in lives:
+        assert publisher.asked(life, ask())
+        send(life)
+    while (wait_s := publisher.throttled_s(now)) is not None:
+        now += wait_s
+        while publisher.throttled_s(now) == 0:
+            send(publisher.turn())
+    rounds = WINDOW // CHUNK - 1
+    assert [life for _, life in sent] == [lives[0], *lives * rounds, *lives[1:]]
+    for count, (when, _) in enumerate(sent):
+        assert count * CHUNK <= 2 * CHUNK * (when - 5.0 + BURST_S) + 1e-6
+    assert now == pytest.approx(5.0 + (len(sent) - 1) / 2, abs=BURST_S + 1e-6)
+
+
+def test_what_waits_for_the_rate_is_the_newest_when_its_turn_comes() -> None:
+    publisher = LatestPublisher(rate=100, now=0.0)
+    publisher.publish(V1, frame(1000, V1))
+    other = ("actor-1", 1)
+    for life in (LIFE, other):
+        assert publisher.asked(life, ask())
+    assert [chunk.payload.version for chunk in publisher.more(LIFE, 0.0)] == [V1]
+    assert publisher.more(other, 0.0) == []
+    publisher.publish(V2, frame(1000, V2))
+    assert publisher.more(LIFE, 1.0) == []  # behind the one who waits already
+    now = 1.0 + (publisher.throttled_s(1.0) or 0.0)
+    assert publisher.turn() == other
+    assert [chunk.payload.version for chunk in publisher.more(other, now)] == [V2]
+
+
+def test_nobody_waits_who_is_gone_or_is_sent_all_there_is() -> None:
+    publisher = LatestPublisher(rate=100, now=0.0)
+    publisher.publish(V1, frame(1000))
+    assert len(first(publisher)) == 1
+    assert publisher.throttled_s(0.0) is None
+    late = ("actor-1", 1)
+    assert publisher.asked(late, ask())
+    assert publisher.more(late, 0.0) == []
+    assert publisher.throttled_s(0.0) == pytest.approx(len(frame(1000)) / 100 - BURST_S)
+    publisher.gone(late, ask())
+    assert publisher.throttled_s(0.0) is None

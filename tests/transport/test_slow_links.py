@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import monotonic
 
 import numpy as np
 import pytest
 from harness import Net, free_ports, number_of, numbered
 
 from ddrl_bus.bench.proxy import proxy
+from ddrl_bus.transport.sessions.latest import CHUNK
+from ddrl_bus.transport.sessions.rate import BURST_S
 from ddrl_bus.transport.wire import Layout
 
 SLOW_S = 40.0
@@ -64,3 +67,17 @@ async def test_what_is_large_comes_over_narrow_lines(net: Net) -> None:
     async with asyncio.timeout(SLOW_S), asyncio.TaskGroup() as both:
         both.create_task(the_newest_weights(net))
         both.create_task(a_long_message(net))
+
+
+async def test_a_rate_bounds_what_is_fetched(net: Net) -> None:
+    """A second for a value of 16 chunks, to two who share the rate."""
+    rate, began = 8 << 20, monotonic()
+    publisher = net.publisher(rate=rate)
+    publisher.publish(1, arena := WEIGHTS.arena(), {})
+    subscribers = [net.subscriber(f"actor-{n}") for n in range(2)]
+    messages = await asyncio.wait_for(asyncio.gather(*(each.next() for each in subscribers)), SLOW_S)
+    assert {message.arrays["w"].nbytes for message in messages} == {arena.arrays["w"].nbytes}
+    sent = net.count("publisher", "weights", "bytes_out")
+    assert sent >= 2 * WEIGHTS.size
+    assert monotonic() - began >= (sent - CHUNK) / rate - BURST_S
+    assert net.count("publisher", "weights", "throttled_ns") > 0

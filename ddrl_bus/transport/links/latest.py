@@ -11,6 +11,7 @@ SUB → XPUB      subscriptions: `A`; the own topic; and the own topic with a qu
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
@@ -52,11 +53,22 @@ class Publisher(End):
 
     Args:
         codec: delta: who fetches gets what is different from what it holds, compressed.
+        rate: bytes a second that may leave to all who fetch together.
     """
 
-    def __init__(self, host: Host, backend: Backend, link: str, binds: Sequence[str], codec: Codec = "auto") -> None:
+    def __init__(
+        self,
+        host: Host,
+        backend: Backend,
+        link: str,
+        binds: Sequence[str],
+        codec: Codec = "auto",
+        rate: float | None = None,
+    ) -> None:
         super().__init__(host, link)
-        self._core = LatestPublisher(differences=codec == "delta")
+        self._core = LatestPublisher(codec == "delta", rate, self._loop.time())
+        self._throttle: asyncio.TimerHandle | None = None
+        self._throttled_ns = self._counter("throttled_ns")
         self._messages, self._encode_ns = self._counter("messages_out"), self._counter("encode_ns")
         self._bytes, self._values = self._counter("bytes_out"), self._counter("value_bytes_out")
         self._beacon_at = 0.0
@@ -110,10 +122,23 @@ class Publisher(End):
         return msgpack.packb([*version, (self._slots and self._slots.write(value)) or ""]), b""
 
     def _send_more(self, to: Life) -> None:
-        for chunk in self._core.more(to):
+        for chunk in self._core.more(to, self._loop.time()):
             self._send_chunk(to, chunk)
             if chunk.last:
                 self._values.add(chunk.payload.value)
+        self._wait_for_rate()
+
+    def _wait_for_rate(self) -> None:
+        now = self._loop.time()
+        if self._throttle is None and (wait_s := self._core.throttled_s(now)) is not None:
+            self._throttle = self._loop.call_later(wait_s, self._go_on, now)
+
+    def _go_on(self, since: float) -> None:
+        self._throttle = None
+        self._throttled_ns.add(round((self._loop.time() - since) * 1e9))
+        while self._core.throttled_s(self._loop.time()) == 0:
+            self._send_more(self._core.turn())
+        self._wait_for_rate()
 
     def _send_chunk(self, to: Life, chunk: Chunk) -> None:
         self._socket.send(topic(b"S", *to), msgpack.packb(chunk.head), chunk.body)
@@ -162,6 +187,8 @@ class Publisher(End):
 
     def close(self) -> None:
         super().close()
+        if self._throttle is not None:
+            self._throttle.cancel()
         if self._slots is not None:
             self._slots.close()
 

@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 
 from ddrl_bus.errors import WireError
 from ddrl_bus.transport import delta
+from ddrl_bus.transport.sessions.rate import TokenBucket
 
 Version = tuple[int, int]
 """(epoch of the publisher's life, number): compared in this order."""
@@ -131,9 +132,14 @@ class _Fetching:
 
 
 class LatestPublisher:
-    """Args: differences: whether values travel as differences to others, where that makes them smaller."""
+    """
+    Args:
+        differences: whether values travel as differences to others, where that makes them smaller.
+        rate: bytes a second of chunks, to all together; None is no limit.
+        now: seconds, of any clock that never goes back.
+    """
 
-    def __init__(self, differences: bool = False) -> None:
+    def __init__(self, differences: bool = False, rate: float | None = None, now: float = 0.0) -> None:
         self.version: Version | None = None
         self.value = memoryview(b"")
         self._differences = differences
@@ -144,6 +150,9 @@ class LatestPublisher:
         self._payloads: dict[Version, Payload] = {}
         """Of the current value, by their base."""
         self._fetching: dict[Life, _Fetching] = {}
+        self._bucket = TokenBucket(rate, now)
+        self._waiting: dict[Life, None] = {}
+        """For whom there is more than the rate allows, in the order of their turns."""
 
     @property
     def fetching(self) -> Iterable[Life]:
@@ -189,18 +198,33 @@ class LatestPublisher:
         """A question was taken back: if it was the last one of this life, nobody waits for an answer any more."""
         if (who := self._fetching.get(life)) is not None and who.ask.number == ask.number:
             del self._fetching[life]
+            self._waiting.pop(life, None)
 
-    def more(self, life: Life) -> list[Chunk]:
-        """The next chunks for one who fetches, as many as there is room for on the way."""
+    def more(self, life: Life, now: float) -> list[Chunk]:
+        """The next chunks for one who fetches, as many as there is room for on the way and the rate allows."""
         who, chunks = self._fetching[life], list[Chunk]()
         received = min(who.ask.received, who.sent)
         while who.sent - received < WINDOW and (payload := self._under_way(who)) is not None:
+            if self._bucket.wait_s(now) > 0:
+                self._waiting[life] = None
+                break
             chunks.append(Chunk(payload, who.at, payload.data[who.at : who.at + CHUNK]))
             who.at += len(chunks[-1].body)
             who.sent += len(chunks[-1].body)
+            self._bucket.spend(len(chunks[-1].body), now)
             if chunks[-1].last:
                 who.replaced = False
         return chunks
+
+    def throttled_s(self, now: float) -> float | None:
+        """Seconds until the rate allows more to someone who waits for that; None: nobody does."""
+        return self._bucket.wait_s(now) if self._waiting else None
+
+    def turn(self) -> Life:
+        """Who of those is next; `more` puts it behind the others if it has to wait again."""
+        life = next(iter(self._waiting))
+        del self._waiting[life]
+        return life
 
     def beacon(self, life: Life) -> list[Chunk]:
         """What tells one who fetches how much it was sent, and which version is the newest."""
