@@ -56,3 +56,20 @@ def test_actors_of_other_hosts_join_and_leave(cable: Cable, tmp_path: Path) -> N
             assert head.ends()["reason"] == "stop"
             assert listed.ends() == {}
         assert_closed(head.books())
+
+
+def test_with_keys_a_listed_host_adds_actors(cable: Cable, tmp_path: Path, keys: dict[str, Path]) -> None:
+    """They speak in names of their own host alone, which its key is for."""
+    by_key = tuple(word for word in HEAD if word != "insecure=true")
+    add = ("--join", f"tcp://gpu0@{ADDRESSES['gpu0']}", "--add", "actor", "--count", "2")
+    with (
+        running(cable, "gpu0", tmp_path / "head", *by_key, name="ddrl", DDRL_KEYS=str(keys["gpu0"])) as head,
+        running(cable, "cpu1", tmp_path / "cpu1", *add, DDRL_KEYS=str(keys["cpu1"])) as added,
+    ):
+        names = sorted(node for node, _ in added.until(lambda: added.lives()[1:] and added.lives(), "two"))
+        assert names == ["actor-1.cpu1", "actor-2.cpu1"]
+        head.until(lambda: all(taken(head, name) > 3 for name in names), "training on what they play")
+        head.process.send_signal(signal.SIGTERM)
+        assert head.ends()["reason"] == "stop"
+        assert added.ends() == {}
+        assert_closed(head.books())

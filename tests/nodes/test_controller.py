@@ -484,7 +484,7 @@ async def test_status_counts_the_bytes_of_each_link_over_all_lives(on_stage: OnS
     assert links["trajectories"]["bytes_in"] == 730
     assert links["trajectories"]["terms"].startswith("queue, window ")
     assert links["progress"]["bytes_in"] > 0  # at the controller itself
-    assert links["weights"] == {"terms": "latest", "bytes_in": 0}
+    assert links["weights"] == {"terms": "latest, float16", "bytes_in": 0}
 
 
 async def test_status_names_the_hosts_that_any_node_has_shut_out(on_stage: OnStage) -> None:

@@ -220,7 +220,9 @@ async def test_only_the_right_key_gets_in_and_is_cut_off_when_revoked(name: str,
     for guard in site.guards.values():
         guard.refresh()  # the keys of other roles
     await asyncio.sleep(QUIET_S)
-    assert [(port.node, port.link, who) for (port, who), knocker in wrong.items() if knocker.look()] == []
+    # a host that is listed without nodes may add actors, where the topology takes any: it may speak for those alone
+    may_add = [(port.node, port.link, "another host's") for port in site.ports if site.plan.open_groups(port.link)]
+    assert [(port.node, port.link, who) for (port, who), knocker in wrong.items() if knocker.look()] == may_add
 
     for host in HOSTS:
         keys.revoke(host)

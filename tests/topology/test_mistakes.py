@@ -658,7 +658,7 @@ MISTAKES = {
     "wrong type": (BASE + "seed: ‹${TEXT}\n", "seed", "got 'abc', expected a whole number"),
     "not text": (BASE + "run_id: ‹${BYTES}\n", "run_id", "expected UTF-8 text"),
     # extends
-    "extends what is not there": (BASE + "extends: ‹nowhere.yaml\n", "", "cannot read .*nowhere.yaml"),
+    "extends what is not there": (BASE + "extends: ‹nowhere.yaml\n", "", "cannot read .*No such file"),
     "extends itself": (BASE + "extends: ‹t.yaml\n", "extends", "extends itself"),
     "extends an absolute path": (BASE + "extends: ‹/etc/passwd\n", "extends", "a path relative to this file"),
     "extends a folder": (BASE + "extends: ‹.\n", "", "not a regular file"),
