@@ -25,6 +25,7 @@ UNSAFE_WORDS = {("allow_pickle", None), ("shell", True), ("typ", "unsafe"), ("we
 IMPORTERS = {  # whoever imports by a name that is computed, and what the name is
     "algos/lazy.py": "of this package's own choice",
     "envs/making.py": "of a package known here, or of the topology: typed on this host, by -t or by --import",
+    "console.py": "of this package's own choice",
     "nodes/base.py": "of this package's own choice",
 }
 

@@ -18,7 +18,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -231,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     die_with(options.parent)
     plan = load_lock(options.folder)
     Replayer.rows = recorded(plan)
-    import_module("ddrl_bus.transport.zeromq")
+    import ddrl_bus.transport.zeromq  # noqa: F401  - for the forks to share
+
     children = {_fork(plan, actor.name, options.folder): actor.name for actor in plan.members(("actor",))}
     failed = [name for pid, name in children.items() if os.waitpid(pid, 0)[1]]
     print(f"failed: {', '.join(failed)}" if failed else "", end="", file=sys.stderr)
