@@ -7,7 +7,6 @@ memory that is too large for caches, as the ring's is. All in one process, turn 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from ddrl_bus.bench.report import US, About, Repeat, Row, row, settled
+from ddrl_bus.bench.report import US, About, Repeat, Row, row, settled, us_a_call
 from ddrl_bus.experience import UnrollSchema
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.replay_buffer import ReplayBuffer, Spec
@@ -78,16 +77,8 @@ def measure(repeats: int = 9, seconds: float = 0.1) -> Iterator[Row]:
 
 
 def _once(calls: Mapping[str, Callable[[], object]], seconds: float) -> Repeat:
-    us = {name: _us(call, seconds) for name, call in calls.items()}
+    us = {name: us_a_call(call, seconds) for name, call in calls.items()}
     return us | {"gather": us["sample"] - us["draw"]}
-
-
-def _us(call: Callable[[], object], seconds: float) -> float:
-    began, calls = time.perf_counter(), 0
-    while (now := time.perf_counter()) < began + seconds:
-        call()
-        calls += 1
-    return (now - began) / calls * 1e6
 
 
 def _calls(case: Case) -> dict[str, Callable[[], object]]:

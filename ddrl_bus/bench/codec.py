@@ -6,7 +6,6 @@ than the *break-even*, compressing is the quicker way.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
@@ -14,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from ddrl_bus.bench.ends import PAYLOADS, Payload
-from ddrl_bus.bench.report import BYTES, GAIN, US, About, Figure, Kind, Repeat, Row, row, settled
+from ddrl_bus.bench.report import BYTES, GAIN, US, About, Figure, Kind, Repeat, Row, row, settled, us_a_call
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.wire import Array, Layout
@@ -99,17 +98,8 @@ def _once(layout: Layout, content: Mapping[str, Array], seconds: float) -> Repea
         encode = partial(arena.encode, "actor-0", 1, 1, {"version": 1}, compress=compress)
         frame = encode()
         found[way] = len(frame)
-        found[f"{way} encode"] = _us(encode, seconds)
-        found[f"{way} decode"] = _us(partial(wire.decode, frame), seconds)
+        found[f"{way} encode"] = us_a_call(encode, seconds)
+        found[f"{way} decode"] = us_a_call(partial(wire.decode, frame), seconds)
     spent = sum(found[f"LZ4 {what}"] - found[f"plain {what}"] for what in ("encode", "decode"))
     saved = found["plain"] - found["LZ4"]
     return found | {"break-even": saved / max(spent, 1e-3) if saved > 0 else 0.0}
-
-
-def _us(call: Callable[[], object], seconds: float) -> float:
-    """Microseconds a call."""
-    began, calls = time.perf_counter(), 0
-    while (now := time.perf_counter()) < began + seconds:
-        call()
-        calls += 1
-    return (now - began) / calls * 1e6

@@ -125,6 +125,15 @@ def settled(once: Callable[[], Repeat], make: Callable[[Sequence[Repeat]], Row],
     return result
 
 
+def us_a_call(call: Callable[[], object], seconds: float) -> float:
+    """Microseconds a call, of calls for so long."""
+    began, calls = time.perf_counter(), 0
+    while (now := time.perf_counter()) < began + seconds:
+        call()
+        calls += 1
+    return (now - began) / calls * 1e6
+
+
 @dataclass(frozen=True)
 class About:
     """What a benchmark measures, for people who have never seen this project."""

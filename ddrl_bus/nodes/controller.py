@@ -23,18 +23,7 @@ import numpy as np
 
 from ddrl_bus import __version__
 from ddrl_bus.errors import UsageError, WireError
-from ddrl_bus.messages import (
-    STATUS,
-    STOP,
-    Control,
-    Evaluation,
-    Join,
-    Joined,
-    Phase,
-    Progress,
-    fields_of,
-    parse,
-)
+from ddrl_bus.messages import STATUS, STOP, Control, Evaluation, Join, Joined, Phase, Progress, fields_of, parse
 from ddrl_bus.metrics import JsonLines, finite, shares
 from ddrl_bus.nodes.added import Added
 from ddrl_bus.nodes.base import Node
