@@ -24,7 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import lz4.block
 import msgpack
@@ -32,9 +32,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ddrl_bus.errors import WireError
-
-if TYPE_CHECKING:
-    from ddrl_bus.transport.shared import SharedSlots
 
 if sys.byteorder != "little":  # pragma: no cover - arrays travel as they lie in memory
     raise ImportError("ddrl_bus sends arrays in little-endian memory order; this machine is big-endian")
@@ -94,6 +91,14 @@ _SCALARS: Final = frozenset((str, int, float, bool, type(None)))
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
 
 
+class Slots(Protocol):
+    """Where values lie that their writer may overwrite: `shared.SharedSlots`."""
+
+    def newest(self) -> tuple[Message, int]: ...
+    def copied(self) -> memoryview: ...
+    def has(self, generation: int) -> bool: ...
+
+
 @dataclass(slots=True)
 class Message:
     """A decoded message. `arrays` are read-only views of the received frame, or of what it was decompressed to."""
@@ -106,7 +111,7 @@ class Message:
     fields: dict[str, Any]
     arrays: dict[str, Array]
     nbytes: int
-    slots: SharedSlots | None = None
+    slots: Slots | None = None
     """Where the arrays lie if their writer may overwrite them: `shared.read` is for such, and for all others."""
 
 
