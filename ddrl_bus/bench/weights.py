@@ -40,8 +40,11 @@ PATIENCE_S: Final = 120.0
 """Against hangs only."""
 PAGE: Final = 4096
 _End = tuple[Callable[..., None], tuple[Any, ...]]
-_ACK: Final = struct.Struct("<qd")
-"""Number of the value, and the subscriber's processor time so far in seconds."""
+_ACK: Final = struct.Struct("<qdd")
+"""Number of the value, when the subscriber held it, and its processor time so far, in seconds; processes of one machine
+share the clock."""
+TELL_AFTER_S: Final = 0.1
+"""So that who is done does not take the processor, by saying so, from those who are not."""
 MOVES: Final = (1.0, 0.45)
 """How much of the rows of weights an optimiser step moves: all; or as in a convolutional network that learns Pong."""
 
@@ -50,11 +53,11 @@ ABOUT: Final = About(
     bench="weights",
     title="How soon many processes hold the newest weights",
     method="""On one host, turn by turn in one run: our link, whose subscribers read the value where it lies, and a
-bare PUB/SUB pair of pyzmq with one frame a value. Each subscriber looks at every page of the array and says so; a
-round, which is a repeat, ends when all have. Between two hosts, which are network namespaces joined by a narrow
+bare PUB/SUB pair of pyzmq with one frame a value. Each subscriber looks at every page of the array, notes when, and
+says so a tenth of a second later; a round, which is a repeat, ends when all have. Between two hosts, which are network namespaces joined by a narrow
 cable: half-precision weights, whole and as differences, after optimiser steps that moved all rows of weights, or 45
 % of them.""",
-    reading="""Until all hold it: from publishing to the last word. Between hosts the ratios are of differences to
+    reading="""Until all hold it: from publishing until the last has looked at the last page. Between hosts the ratios are of differences to
 whole values, first of the time and then of the bytes.""",
     baseline="bare PUB/SUB, or whole values",
 )
@@ -145,15 +148,16 @@ def _round(
 ) -> _Round:
     began, cpu = time.perf_counter(), time.process_time()
     send(number, arena)
+    held = began
     others: dict[bytes, float] = {}
     while len(others) < subscribers:
         if not acks.poll(int(PATIENCE_S * 1e3)):
             raise UsageError(f"{subscribers - len(others)} subscribers did not get a value in {PATIENCE_S:.0f} s")
         who, ack = acks.recv_multipart()
-        seen, cpu_s = _ACK.unpack(ack)
+        seen, then, cpu_s = _ACK.unpack(ack)
         if seen == number:
-            others[who] = cpu_s
-    return _Round(time.perf_counter() - began, time.process_time() - cpu, sum(others.values()))
+            others[who], held = cpu_s, max(held, then)
+    return _Round(held - began, time.process_time() - cpu, sum(others.values()))
 
 
 def _figures(rounds: Sequence[_Round]) -> list[list[float]]:
@@ -172,7 +176,9 @@ def _subscribe(number: int, address: str, acks: str, namespace: str = "") -> Non
         weights = Bus(f"actor-{number}", 1, Ledger()).subscriber("weights", address)
         while True:
             loaded = read(await weights.next(), lambda message: _look(message.arrays["w"]))
-            _tell(told, number, loaded)
+            held = time.perf_counter()
+            await asyncio.sleep(TELL_AFTER_S)
+            _tell(told, number, loaded, held)
 
     _enter(namespace)
     keep_freed_memory()
@@ -190,7 +196,9 @@ def _subscribe_bare(number: int, address: str, acks: str) -> None:
     while True:
         message = wire.decode(socket.recv(copy=False).buffer)
         _look(message.arrays["w"])
-        _tell(told, number, message)
+        held = time.perf_counter()
+        time.sleep(TELL_AFTER_S)
+        _tell(told, number, message, held)
 
 
 def _look(array: Array) -> int:
@@ -204,8 +212,8 @@ def _told(acks: str) -> zmq.Socket[bytes]:
     return socket
 
 
-def _tell(told: zmq.Socket[bytes], number: int, message: Message) -> None:
-    told.send_multipart([b"%d" % number, _ACK.pack(message.seq, time.process_time())])
+def _tell(told: zmq.Socket[bytes], number: int, message: Message, held: float) -> None:
+    told.send_multipart([b"%d" % number, _ACK.pack(message.seq, held, time.process_time())])
 
 
 @contextmanager
