@@ -1,9 +1,9 @@
 """What it costs that many processes get the newest weights: `ddrl bench weights`.
 
 On one host, turn by turn in one run: our `latest` link, whose subscribers read the value where it lies, and a bare
-PUB/SUB pair of pyzmq with one frame a value. Each subscriber looks at every page of the array and says so; a round ends
-when all have. With `--mbit` between two network namespaces, the way from one to the other limited: half-precision
-weights, whole and as differences. Quote the ratios; absolute figures follow the machine's mood.
+PUB/SUB pair of pyzmq with one frame a value. Each subscriber looks at every page of the array and notes when. With
+`--mbit` between two network namespaces, the way from one to the other limited: half-precision weights, whole and as
+differences. Quote the ratios; absolute figures follow the machine's mood.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ ABOUT: Final = About(
     title="How soon many processes hold the newest weights",
     method="""On one host, turn by turn in one run: our link, whose subscribers read the value where it lies, and a
 bare PUB/SUB pair of pyzmq with one frame a value. Each subscriber looks at every page of the array, notes when, and
-says so a tenth of a second later; a round, which is a repeat, ends when all have. Between two hosts, which are network namespaces joined by a narrow
-cable: half-precision weights, whole and as differences, after optimiser steps that moved all rows of weights, or 45
-% of them.""",
-    reading="""Until all hold it: from publishing until the last has looked at the last page. Between hosts the ratios are of differences to
-whole values, first of the time and then of the bytes.""",
+says so a tenth of a second later; a round, which is a repeat, ends when all have. Between two hosts, which are network
+namespaces joined by a narrow cable: half-precision weights, whole and as differences, after optimiser steps that moved
+all rows of weights, or 45 % of them.""",
+    reading="""Until all hold it: from publishing until the last has looked at the last page. Between hosts the ratios
+are of differences to whole values, first of the time and then of the bytes.""",
     baseline="bare PUB/SUB, or whole values",
 )
 WHAT: Final = ("until all hold it", "processor time of the publisher", "processor time of all")

@@ -154,6 +154,7 @@ class SharedSlots:
             os.close(fd)
         self._slots = _slots_of(page)
         self._headers = self._slots[:, :ALIGN].view(np.uint64)
+        self._decoded: tuple[Message, int] | None = None
 
     def newest(self) -> tuple[Message, int]:
         """The newest value, whose arrays lie in the file, and its generation.
@@ -163,6 +164,8 @@ class SharedSlots:
         """
         while True:
             frame, generation = self._frame()
+            if self._decoded is not None and self._decoded[1] == generation:
+                return self._decoded
             try:
                 message = wire.decode(frame)
             except WireError:
@@ -170,7 +173,8 @@ class SharedSlots:
                     raise
             if self.has(generation):
                 message.slots = self
-                return message, generation
+                self._decoded = message, generation
+                return self._decoded
 
     def copied(self) -> memoryview:
         """The newest value as a frame of one's own."""
