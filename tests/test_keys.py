@@ -189,7 +189,7 @@ def test_people_may_edit_the_list(folder: Path) -> None:
         allowed.write(f"\n# the rack\ncpu1 {KEY} actor,evaluator  # since May\n")
     keys.allow(Entry("cpu2", KEY))
     assert keys.allowed()[1:] == (Entry("cpu1", KEY, frozenset({"actor", "evaluator"})), Entry("cpu2", KEY))
-    assert keys.kinds("cpu1") == frozenset({"actor", "evaluator"})
+    assert keys.kinds("cpu1") == frozenset({"actor", "evaluator", "relay"})
     assert keys.kinds("cpu2") == keys.ANY
     assert keys.kinds("cpu3") is None
     keys.revoke("cpu1")
