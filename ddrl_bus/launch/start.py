@@ -165,27 +165,32 @@ def added(
     """
     from ddrl_bus.launch import join
 
+    folder: Path | None = None
     if run.startswith("tcp://"):
-        address = join.address_of(run)
-        plan = asyncio.run(join.topology_of(address, _say, modules))
-        host = host or guest_host(plan)
-        check_keys(plan, host)
-        if host == head_of(plan):
-            raise UsageError(
-                f"{host} is the head: type there  ddrl-node --join RUN --add {group}, or name another --host"
-            )
+        plan, address, host = _run_there(run, group, host, modules)
     else:
         folder, plan, address = _run_here(run)
         if path is not None or host not in (None, head_of(plan)):
             raise UsageError(f"{folder} is of this machine, {head_of(plan)}: no --host or --run-dir beside it")
-        path, host = folder, head_of(plan)
+        host = head_of(plan)
     if reason := plan.why_fixed(group):
         raise UsageError(f"{plan.name}: {reason}")
     names = asyncio.run(join.granted(address, group, count, host))
-    if run.startswith("tcp://"):
-        path = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
-    assert path is not None
-    return _added(plan, names, host, path)
+    folder = folder or run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
+    return _added(plan, names, host, folder)
+
+
+def _run_there(run: str, group: str, host: str | None, modules: Sequence[str]) -> tuple[Plan, str, str]:
+    """Plan of a run whose head is elsewhere, the address of its controller, and what this machine is called in it."""
+    from ddrl_bus.launch import join
+
+    address = join.address_of(run)
+    plan = asyncio.run(join.topology_of(address, _say, modules))
+    host = host or guest_host(plan)
+    if host == head_of(plan):
+        raise UsageError(f"{host} is the head: type there  ddrl-node --join RUN --add {group}, or name another --host")
+    check_keys(plan, host)
+    return plan, address, host
 
 
 def _run_here(run: str) -> tuple[Path, Plan, str]:

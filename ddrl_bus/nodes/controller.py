@@ -201,11 +201,11 @@ class Controller(Node):
             return
         share = self.plan.processes.get(join.process, ()) if join.process else self.plan.on_host(join.host)
         nodes = [] if join.group else [node.name for node in share]
-        asked = [f"{join.group}-0.{join.host}"] if join.group else nodes
-        if others := sorted(name for name in asked if not (request.speakers is None or name in request.speakers)):
-            request.refuse(f"whoever asks has no key that is allowed for {', '.join(others[:16])}")
-            return
         try:
+            asked = [self.added.first(join)] if join.group else nodes
+            if others := sorted(name for name in asked if not (request.speakers is None or name in request.speakers)):
+                request.refuse(f"whoever asks has no key that is allowed for {', '.join(others[:16])}")
+                return
             added = self.added.grant(join, self.members) if join.group else []
         except UsageError as error:
             request.refuse(str(error))

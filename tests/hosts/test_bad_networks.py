@@ -155,16 +155,18 @@ def names(cable: Cable) -> Iterator[Names]:
 
 @needs_cable
 def test_a_head_whose_name_is_known_late_and_that_moves(cable: Cable, names: Names, tmp_path: Path) -> None:
-    """Nodes dial names, and look them up again each time: nobody elsewhere is started anew."""
+    """Nodes wait for the name that they bind, dial names, and look them up again each time: nobody is started anew."""
     addresses = {"gpu0": HEAD, "cpu1": ADDRESSES["cpu1"]}
-    names("gpu0", ADDRESSES["gpu0"])
     with share("cpu1", tmp_path / "cpu1", (), cable, **addresses) as actors:
         actors.pid("actor-1")
         with share("gpu0", tmp_path / "gpu0", (), cable, **addresses) as learner:
+            learner.until(lambda: f"{HEAD} has no address on this machine yet" in learner.said, "what it waits for")
+            names("gpu0", ADDRESSES["gpu0"])
             takes(learner, 0)
             assert of_actor(learner, 1) == 0
             names("cpu1", ADDRESSES["gpu0"])
             takes(learner, 1)
+            assert len(learner.lives()) == len(dict(learner.lives()))
         moved = "10.77.0.3"
         ip("-n", cable.namespaces["gpu0"], "addr", "flush", "dev", cable.ends["gpu0"])
         ip("-n", cable.namespaces["gpu0"], "addr", "add", f"{moved}/24", "dev", cable.ends["gpu0"])
