@@ -94,11 +94,16 @@ def allow(entry: Entry) -> None:
     """Let the holder of a key in as a host of a topology, instead of who was that host before.
 
     Raises:
-        UsageError: that is no name, key or kind.
+        UsageError: that is no name, key or kind; or the key is this machine's own as another host.
     """
     _checked(entry.name)
     if not _KEY.fullmatch(entry.key):
         raise UsageError("that is no public key; expected the 40 characters that `ddrl keys new` printed, in quotes")
+    if mine := next((name for name, key in owned().items() if key == entry.key and name != entry.name), None):
+        raise UsageError(
+            f"that is this machine's own key, as {mine}; expected the one that `ddrl keys new {entry.name}` printed on "
+            f"{entry.name}"
+        )
     _rewrite([*_without(entry.name), str(entry)])
 
 

@@ -117,13 +117,14 @@ def host_share(
         words: the topology and overrides that the user gave.
         remotes: name → command of what runs other hosts' shares from here.
     Raises:
-        UsageError: the plan has no such host, or no node on it.
+        UsageError: the plan has no such host, or no node on it; or it is being run.
         SecurityError: the host needs a key that is not here.
     """
     if not plan.on_host(host):
         raise UsageError(f"{plan.name}: no node on host {host!r}; hosts: {', '.join(plan.hosts)}")
     check_keys(plan, host)
-    folder = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
+    with run_dir.alone(plan, host):  # else the newest run, which commands take by default, would be one that never was
+        folder = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
     lines = {other: command_of(plan, other, words) for other in hosts_of(plan) if other != host}
     return _supervised(plan, host, folder, started, {} if remotes else lines, remotes)
 

@@ -204,7 +204,11 @@ class Controller(Node):
         try:
             asked = [self.added.first(join)] if join.group else nodes
             if others := sorted(name for name in asked if not (request.speakers is None or name in request.speakers)):
-                request.refuse(f"whoever asks has no key that is allowed for {', '.join(others[:16])}")
+                kinds = [self.plan.groups[join.group].kind] if join.group else sorted({node.kind for node in share})
+                request.refuse(
+                    f"whoever asks has no key that is allowed for {', '.join(others[:16])}; type on "
+                    f"{self.plan.controller.host}:  ddrl keys allow HOST KEY  with no --role, or all of {', '.join(kinds)}"
+                )
                 return
             added = self.added.grant(join, self.members) if join.group else []
         except UsageError as error:

@@ -88,7 +88,8 @@ def test_whoever_may_hear_weights_may_run_the_relay_of_its_host(
     role: str, speaks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(keys.ENVIRONMENT, str(tmp_path / "keys"))
-    public = keys.new("gpu0")
+    keys.new("gpu0")
+    public = "a" + "1" * 39
     keys.allow(keys.Entry("cpu1", public, frozenset({role})))
     speakers = guard(plan_of(tmp_path), "learner-0", Ledger()).speakers("weights", public)
     assert ("relay-0" in speakers) is speaks
