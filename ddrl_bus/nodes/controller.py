@@ -203,12 +203,9 @@ class Controller(Node):
         nodes = [] if join.group else [node.name for node in share]
         try:
             asked = [self.added.first(join)] if join.group else nodes
-            if others := sorted(name for name in asked if not (request.speakers is None or name in request.speakers)):
-                kinds = [self.plan.groups[join.group].kind] if join.group else sorted({node.kind for node in share})
-                request.refuse(
-                    f"whoever asks has no key that is allowed for {', '.join(others[:16])}; type on "
-                    f"{self.plan.controller.host}:  ddrl keys allow HOST KEY  with no --role, or all of {', '.join(kinds)}"
-                )
+            if names := sorted(name for name in asked if not (request.speakers is None or name in request.speakers)):
+                kinds = [self.plan.groups[join.group].kind] if join.group else [node.kind for node in share]
+                request.refuse(self._without_rights(names, kinds))
                 return
             added = self.added.grant(join, self.members) if join.group else []
         except UsageError as error:
@@ -225,6 +222,13 @@ class Controller(Node):
             added,
         )
         request.answer(Joined.KIND, fields_of(joined), {"topology": np.frombuffer(text, np.uint8)})
+
+    def _without_rights(self, names: list[str], kinds: list[str]) -> str:
+        head, roles = self.plan.controller.host, ", ".join(sorted(set(kinds)))
+        return (
+            f"whoever asks has no key that is allowed for {', '.join(names[:16])}; on {head} type:  "
+            f"ddrl keys allow HOST KEY  with no --role, or each of {roles}"
+        )
 
     def _may_be(self, name: str) -> bool:
         """Whether a node that was never heard may be one of this run."""
