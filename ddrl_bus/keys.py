@@ -28,6 +28,8 @@ ALLOWED: Final = "allowed"
 MAX_BYTES: Final = 1 << 20
 ANY: Final[frozenset[str]] = frozenset()
 """Kinds of node that an entry without any speaks for: all."""
+RELAYED: Final = frozenset({"actor", "evaluator", "inference"})
+"""Kinds that hear weights: whoever may run one may run the relay that a topology puts before several of them."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # as of hosts in a topology
 _KEY: Final = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{39}")
 _KINDS: Final = re.compile(r"[a-z_]+(,[a-z_]+)*")
@@ -46,6 +48,11 @@ class Entry:
     name: str
     key: str
     kinds: frozenset[str] = ANY
+
+    @property
+    def runs(self) -> frozenset[str]:
+        """The kinds with what comes along with them."""
+        return self.kinds | {"relay"} if self.kinds & RELAYED else self.kinds
 
     def __str__(self) -> str:
         return " ".join([self.name, self.key, *([",".join(sorted(self.kinds))] if self.kinds else [])])
@@ -87,11 +94,16 @@ def allow(entry: Entry) -> None:
     """Let the holder of a key in as a host of a topology, instead of who was that host before.
 
     Raises:
-        UsageError: that is no name, key or kind.
+        UsageError: that is no name, key or kind; or the key is this machine's own as another host.
     """
     _checked(entry.name)
     if not _KEY.fullmatch(entry.key):
         raise UsageError("that is no public key; expected the 40 characters that `ddrl keys new` printed, in quotes")
+    if mine := next((name for name, key in owned().items() if key == entry.key and name != entry.name), None):
+        raise UsageError(
+            f"that is this machine's own key, as {mine}; expected the one that `ddrl keys new {entry.name}` printed on "
+            f"{entry.name}"
+        )
     _rewrite([*_without(entry.name), str(entry)])
 
 
@@ -223,7 +235,7 @@ def allowed() -> tuple[Entry, ...]:
 
 def kinds(host: str) -> frozenset[str] | None:
     """The kinds of node that the keys of a host may stand for, ANY for all; None if it has no key here."""
-    found = [entry.kinds for entry in allowed() if entry.name == host]
+    found = [entry.runs for entry in allowed() if entry.name == host]
     return None if not found else ANY if ANY in found else frozenset[str]().union(*found)
 
 
@@ -277,7 +289,7 @@ class AllowList:
 
 def may(entry: Entry, kind: str) -> bool:
     """Whether the holder of this key may run nodes of a kind."""
-    return not entry.kinds or kind in entry.kinds
+    return not entry.kinds or kind in entry.runs
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

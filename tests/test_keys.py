@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -189,12 +190,19 @@ def test_people_may_edit_the_list(folder: Path) -> None:
         allowed.write(f"\n# the rack\ncpu1 {KEY} actor,evaluator  # since May\n")
     keys.allow(Entry("cpu2", KEY))
     assert keys.allowed()[1:] == (Entry("cpu1", KEY, frozenset({"actor", "evaluator"})), Entry("cpu2", KEY))
-    assert keys.kinds("cpu1") == frozenset({"actor", "evaluator"})
+    assert keys.kinds("cpu1") == frozenset({"actor", "evaluator", "relay"})
     assert keys.kinds("cpu2") == keys.ANY
     assert keys.kinds("cpu3") is None
     keys.revoke("cpu1")
     assert keys.kinds("cpu1") is None
     assert "# the rack" in (folder / keys.ALLOWED).read_text()
+
+
+def test_ones_own_key_is_nobody_elses(folder: Path) -> None:
+    public = keys.new("gpu0")
+    with pytest.raises(UsageError, match=r"this machine's own key, as gpu0; expected the one that .* printed on cpu1"):
+        keys.allow(Entry("cpu1", public))
+    keys.allow(Entry("gpu0", public, frozenset({"learner"})))
 
 
 def test_a_host_has_one_key(folder: Path) -> None:
@@ -293,6 +301,9 @@ def test_who_joins_without_keys_is_told_what_to_type(type_: Callable[..., Done],
         assert "`ddrl keys list` on gpu0 prints what to type here" in refused.err
     keys.allow(Entry("gpu0", KEY))
     silent = type_(ddrl, "status", line[1])
+    assert (silent.code, silent.err.endswith("in time (Connection refused)\n")) == (69, True)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        silent = type_(ddrl, "status", f"tcp://gpu0@127.0.0.1:{deaf.getsockname()[1]}")
     assert silent.code == 69
     assert f"unless it was before, type on gpu0:  ddrl keys allow cpu1 '{keys.own('cpu1').public}'" in silent.err
     keys.new("cpu2")

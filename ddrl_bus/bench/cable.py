@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 ADDRESSES: Final = {"gpu0": "10.77.0.1", "cpu1": "10.77.0.2"}
 MISSING: Final = "" if not os.geteuid() and all(map(shutil.which, ("ip", "tc", "nft"))) else "needs root, iproute2, nft"
+_CLONE_NEWNET: Final = 0x40000000
 _FILTER: Final = "table inet ddrl { chain in { type filter hook input priority 0; iifname %s %s drop; }; }"
 
 
@@ -21,6 +24,13 @@ def ip(*words: str) -> None:
 
 def _do(words: Sequence[str], text: str = "") -> None:
     subprocess.run(words, check=True, capture_output=True, text=True, input=text)
+
+
+def enter(namespace: str) -> None:
+    """Have this thread make its sockets there from now on."""
+    with Path("/run/netns", namespace).open() as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
 
 
 @dataclass
@@ -47,14 +57,18 @@ class Cable:
         """Nothing arrives any more, and nobody is told."""
         return self._filtered("")
 
+    def deaf(self, host: str) -> AbstractContextManager[None]:
+        """Nothing arrives at one of them; the other hears what it says."""
+        return self._filtered("", host)
+
     def lossy(self, percent: int) -> AbstractContextManager[None]:
         """So many of a hundred packets are lost, each way."""
         return self._filtered(f"numgen random mod 100 < {percent}")
 
     @contextmanager
-    def _filtered(self, which: str) -> Iterator[None]:
+    def _filtered(self, which: str, *hosts: str) -> Iterator[None]:
         with ExitStack() as undo:
-            for host, end in self.ends.items():
+            for host, end in ((host, self.ends[host]) for host in hosts or self.ends):
                 _do([*self.on(host), "nft", "-f", "-"], _FILTER % (end, which))
                 undo.callback(_do, [*self.on(host), "nft", "delete", "table", "inet", "ddrl"])
             yield

@@ -273,8 +273,9 @@ def precision(output: Output) -> int:
 @_benchmark(
     click.option("--partition", "partitions", default="5", show_default=True, metavar="S,...", callback=_numbers),
     click.option("--seconds", type=click.IntRange(min=1), default=10, show_default=True, help="How long others last."),
+    click.option("--keys", "encrypted", is_flag=True, help="Encrypt what leaves a host."),
 )
-def faults(output: Output, partitions: list[int], seconds: int) -> int:
+def faults(output: Output, partitions: list[int], seconds: int, encrypted: bool) -> int:
     """How soon training goes on after a network was bad, and what that lost.
 
     A run for each fault, half a minute each. Namespaces are two hosts: it needs root, iproute2 and nftables.
@@ -282,7 +283,7 @@ def faults(output: Output, partitions: list[int], seconds: int) -> int:
     from ddrl_bus.bench.faults import ABOUT, faults, measure
     from ddrl_bus.bench.output import measured
 
-    return measured(ABOUT, measure(faults(partitions, seconds)), output)
+    return measured(ABOUT, measure(faults(partitions, seconds), encrypted), output)
 
 
 @_benchmark(

@@ -50,6 +50,11 @@ class Member:
     def tell(self, order: Any) -> None:
         self._pipe.send(order)
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether `answer` need not wait."""
+        return self._pipe.poll()
+
     def answer(self) -> Any:
         """To the first order that it has not answered.
 

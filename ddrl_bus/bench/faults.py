@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ddrl_bus.bench.cable import ADDRESSES, MISSING, Cable, plugged_in
+from ddrl_bus.bench.cable import ADDRESSES, MISSING, Cable, enter, ip, plugged_in
+from ddrl_bus.bench.links import fresh_keys
 from ddrl_bus.bench.proxy import Proxy, proxy
 from ddrl_bus.bench.report import COUNT, About, Kind, Row, S, row
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
@@ -30,9 +31,10 @@ from ddrl_bus.nodes.controller import DEAD_S
 from ddrl_bus.transport import ledger
 
 NEAR, BETWEEN, FAR = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+BESIDE = "10.77.0.3"
 PORT, PORTS = 27_077, 6
 WORDS: Final = (
-    *("two-hosts", "run_id=faults", "insecure=true", "stop.reward=null", "stop.steps=null"),
+    *("two-hosts", "run_id=faults", "stop.reward=null", "stop.steps=null"),
     *("algo.hidden=[16]", "algo.batch=8", "nodes.evaluator.count=0"),
     *("nodes.actor.count=2", "nodes.actor.host=[gpu0, cpu1]", "nodes.actor.envs=8"),
 )
@@ -80,6 +82,8 @@ def faults(partition_s: Sequence[float], others_s: float = 10.0) -> list[Fault]:
     """Each of its length; those that are none of a partition last `others_s`."""
     return [
         *(Fault("partition", seconds, Cable.silent) for seconds in partition_s),
+        Fault("the far host is deaf", others_s, lambda cable: cable.deaf("cpu1")),
+        Fault("the near host is deaf", others_s, lambda cable: cable.deaf("gpu0")),
         Fault("cable pulled", others_s, Cable.unplugged),
         Fault("half-open", others_s, proxy=_half_open),
         Fault("reset", 0.0, proxy=_reset),
@@ -94,7 +98,8 @@ ABOUT: Final = About(
     title="How soon training goes on after a network was bad, and what that lost",
     method="""A real run for each fault: a learner with one actor beside it, the near one, and one on another host,
 the far one. Partitions, loss and a narrow cable are those of two network namespaces; delay, silence and resets are
-those of a proxy between two shares of the run on this machine. What is counted is read from the nodes' ledgers.""",
+those of a proxy between two shares of the run on this machine. Deaf is a host at which nothing arrives, while what it
+sends does. What is counted is read from the nodes' ledgers.""",
     reading=f"""Goes on: how long after the fault's end the learner takes an unroll of the far actor; where something
 comes through all the time, the longest gap between two of them. Noticed: after which the controller takes the far
 actor for dead; left out if it never does. Near and far: unrolls of either meanwhile, as a share of those in the
@@ -112,17 +117,24 @@ _KINDS: Final = {
 }
 
 
-def measure(chosen: Sequence[Fault]) -> Iterator[Row]:
+def measure(chosen: Sequence[Fault], encrypted: bool = False) -> Iterator[Row]:
     """A row for each fault, in a run of its own.
+
+    Args:
+        encrypted: links that leave their host go by keys, made for these runs.
 
     Raises:
         UsageError: this machine cannot make namespaces.
     """
-    if MISSING and any(fault.cable for fault in chosen):
+    if MISSING and (encrypted or any(fault.cable for fault in chosen)):
         raise UsageError(f"bench faults: {MISSING}")
-    for fault in chosen:
-        with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder, _ground(fault, Path(folder)) as (run, inject):
-            yield _row(fault, run, inject)
+    with fresh_keys(list(ADDRESSES) if encrypted else []):
+        for fault in chosen:
+            with (
+                tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder,
+                _ground(fault, Path(folder), encrypted) as (run, inject),
+            ):
+                yield _row(fault, run, inject)
 
 
 def _row(fault: Fault, run: Run, inject: AbstractContextManager[None]) -> Row:
@@ -160,15 +172,18 @@ class Seen:
 class Run:
     """Both hosts' shares of one run; the near one is told the first address of the head, the far one the second."""
 
-    def __init__(self, folder: Path, prefixes: Sequence[Sequence[str]], heads: Sequence[str], far: str) -> None:
+    def __init__(
+        self, folder: Path, words: Sequence[str], prefixes: Sequence[Sequence[str]], heads: Sequence[str], far: str
+    ) -> None:
         self._folder = folder
         self._shares = []
         for host, prefix, head in zip(ADDRESSES, prefixes, heads, strict=True):
             own = folder / host
             own.mkdir()
             environ = os.environ | {"GPU0": head, "CPU1": far, "TMPDIR": str(own)}
+            options = ["-t", *WORDS, *words, "--run-dir", str(own / "run")]
             code = "from ddrl_bus.cli import ddrl_node; ddrl_node()"
-            argv = [*prefix, sys.executable, "-c", code, "-t", *WORDS, "--host", host, "--run-dir", str(own / "run")]
+            argv = [*prefix, sys.executable, "-c", code, *options, "--host", host]
             with (own / "said").open("w") as said:
                 self._shares.append(subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, stderr=said))
 
@@ -228,30 +243,44 @@ class Run:
 
 
 @contextmanager
-def _ground(fault: Fault, folder: Path) -> Iterator[tuple[Run, AbstractContextManager[None]]]:
+def _ground(fault: Fault, folder: Path, encrypted: bool) -> Iterator[tuple[Run, AbstractContextManager[None]]]:
+    """What stays on loopback is never encrypted: then the proxy, too, stands between namespaces."""
+    words = [f"insecure={str(not encrypted).lower()}"]
     with ExitStack() as undo:
-        if fault.cable is not None:
-            cable = undo.enter_context(plugged_in())
-            head = ADDRESSES["gpu0"]
-            run = Run(folder, [cable.on(host) for host in ADDRESSES], [head, head], ADDRESSES["cpu1"])
-            inject = fault.cable(cable)
-        else:
-            assert fault.proxy is not None
+        if fault.proxy is not None and not encrypted:
             do = undo.enter_context(between(NEAR, BETWEEN, range(PORT, PORT + PORTS)))
-            run = Run(folder, [(), ()], [f"{NEAR}:{PORT}", f"{BETWEEN}:{PORT}"], FAR)
+            run = Run(folder, words, [(), ()], [f"{NEAR}:{PORT}", f"{BETWEEN}:{PORT}"], FAR)
             inject = fault.proxy(do)
+        else:
+            cable, heads = undo.enter_context(plugged_in()), [ADDRESSES["gpu0"]] * 2
+            if fault.cable is not None:
+                inject = fault.cable(cable)
+            else:
+                assert fault.proxy is not None
+                inject = fault.proxy(undo.enter_context(between_hosts(cable, range(PORT, PORT + PORTS))))
+                heads[1] = BESIDE
+            prefixes = [cable.on(host) for host in ADDRESSES]
+            run = Run(folder, words, prefixes, [f"{head}:{PORT}" for head in heads], ADDRESSES["cpu1"])
         undo.callback(run.close)
         yield run, inject
 
 
+def between_hosts(cable: Cable, ports: Sequence[int]) -> AbstractContextManager[Do]:
+    """A proxy on the near host, which the far one reaches at an address of its own, BESIDE."""
+    ip("-n", cable.namespaces["gpu0"], "addr", "add", f"{BESIDE}/24", "dev", cable.ends["gpu0"])
+    return between(ADDRESSES["gpu0"], BESIDE, ports, cable.namespaces["gpu0"])
+
+
 @contextmanager
-def between(near: str, far: str, ports: Sequence[int]) -> Iterator[Do]:
-    """A proxy in a thread of its own that listens at `far` and dials `near`."""
+def between(near: str, far: str, ports: Sequence[int], namespace: str | None = None) -> Iterator[Do]:
+    """A proxy in a thread of its own, in that network namespace if any, that listens at `far` and dials `near`."""
     loop, over, lines = asyncio.new_event_loop(), asyncio.Event(), []
     ready = threading.Event()
 
     async def serve() -> None:
         try:
+            if namespace is not None:
+                enter(namespace)
             async with proxy({(far, port): (near, port) for port in ports}) as line:
                 lines.append(line)
                 ready.set()

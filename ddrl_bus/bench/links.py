@@ -289,14 +289,14 @@ def free_address() -> str:
 
 
 @contextmanager
-def fresh_keys() -> Iterator[None]:
-    """Keys of two hosts, where the processes that are started meanwhile find them."""
+def fresh_keys(hosts: Sequence[str] = (link_ends.HUB_HOST.host, link_ends.SPOKE_HOST.host)) -> Iterator[None]:
+    """Keys of these hosts, where the processes that are started meanwhile find them."""
     with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
         before = os.environ.get(keys.ENVIRONMENT)
         os.environ[keys.ENVIRONMENT] = folder
         try:
-            for peer in (link_ends.HUB_HOST, link_ends.SPOKE_HOST):
-                keys.new(peer.host)
+            for host in hosts:
+                keys.new(host)
             yield
         finally:
             del os.environ[keys.ENVIRONMENT]

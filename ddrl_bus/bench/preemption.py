@@ -8,21 +8,20 @@ rule. Rollouts are of UNROLL steps of one environment.
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
 import gymnasium as gym
 import numpy as np
 
+from ddrl_bus.bench.crew import Member, crew
 from ddrl_bus.bench.report import MS, PER_S, RATIO, About, Kind, Row, row
 from ddrl_bus.launch import node, run_dir
 from ddrl_bus.launch.catalog import load_lock
@@ -99,13 +98,16 @@ def _run(case: Case, updates: int) -> tuple[Any, Any]:
         folder = Path(name)
         plan = _plan(case, folder)
         run_dir.create(plan, path=folder, command=sys.argv, started=time.time())
-        with _processes(case, plan, folder) as processes:
-            moments = list(islice(_updates(folder, case.workers, processes), WARM_UP, WARM_UP + updates + 1))
+        names = sorted(plan.processes)
+        with run_dir.sockets(plan, "local"), crew(len(names)) as members:
+            for name, member in zip(names, members, strict=True):
+                member.start(_live, name, case, folder)
+            moments = list(islice(_updates(folder, case.workers, members), WARM_UP, WARM_UP + updates + 1))
     seconds, steps = zip(*moments, strict=True)
     return np.array(seconds), np.array(steps)
 
 
-def _updates(folder: Path, workers: int, processes: Mapping[str, SpawnProcess]) -> Iterator[tuple[float, list[int]]]:
+def _updates(folder: Path, workers: int, members: Sequence[Member]) -> Iterator[tuple[float, list[int]]]:
     """After each update: the time in seconds, and the steps of each worker."""
     seen, heard = 0, time.perf_counter()
     while True:
@@ -113,8 +115,8 @@ def _updates(folder: Path, workers: int, processes: Mapping[str, SpawnProcess]) 
         if made > seen:
             seen, heard = made, now
             yield now, [_count(folder, f"actor-{index}", "env_steps") for index in range(workers)]
-        elif gone := [name for name, process in processes.items() if process.exitcode is not None]:
-            raise RuntimeError(f"{', '.join(gone)} left after {seen} updates")
+        elif gone := next((member for member in members if member.has_answered), None):
+            gone.answer()
         elif now - heard > PATIENCE_S:
             raise TimeoutError(f"no update after {PATIENCE_S:.0f} s")
         time.sleep(POLL_S)
@@ -143,28 +145,12 @@ def _here(plan: Plan, folder: Path) -> Plan:
     return replace(plan, ipc_dir=folder / "ipc")
 
 
-@contextlib.contextmanager
-def _processes(case: Case, plan: Plan, folder: Path) -> Iterator[dict[str, SpawnProcess]]:
-    spawn = multiprocessing.get_context("spawn")
-    names = sorted({each.process for each in plan.nodes.values()})
-    processes = {name: spawn.Process(target=_live, args=(name, case, folder)) for name in names}
-    with run_dir.sockets(plan, "local"):
-        for process in processes.values():
-            process.start()
-        try:
-            yield processes
-        finally:
-            for process in processes.values():
-                process.kill()
-            for process in processes.values():
-                process.join()
-
-
-def _live(name: str, case: Case, folder: Path) -> None:
+def _live(_: Connection, name: str, case: Case, folder: Path) -> None:
     """One process of the run, with a pace of its own."""
     step_s = STEP_S * (case.slower if name == f"worker-{case.workers - 1}" else 1)
     gym.register("Sleepy-v0", lambda **_: Sleepy(step_s), max_episode_steps=200)
-    sys.exit(node.run(_here(load_lock(folder), folder), name, folder))
+    code = node.run(_here(load_lock(folder), folder), name, folder)
+    raise RuntimeError(f"{name} left with exit code {code}")
 
 
 class Sleepy(gym.Env[Any, Any]):

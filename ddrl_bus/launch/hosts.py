@@ -41,7 +41,7 @@ def this_host(plan: Plan) -> str:
     """
     here = [host for host in hosts_of(plan) if is_here(plan.hosts[host])]
     if not here:
-        known = ", ".join(f"{host} ({plan.hosts[host]})" for host in hosts_of(plan))
+        known = ", ".join(f"{host} ({plan.hosts[host]}{_unknown(plan, host)})" for host in hosts_of(plan))
         raise UsageError(
             f"{plan.name}: this machine has none of its hosts' addresses: {known}; "
             "a host is started there, or wherever you say so with `ddrl-node -t TOPO --host HOST`"
@@ -64,6 +64,14 @@ def is_here(address: str) -> bool:
                 probe.bind(at)
                 return True
     return False
+
+
+def _unknown(plan: Plan, host: str) -> str:
+    try:
+        socket.getaddrinfo(address_of(plan, host), 0)
+    except OSError:
+        return ": no such name here"
+    return ""
 
 
 def address_of(plan: Plan, host: str) -> str:

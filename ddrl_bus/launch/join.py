@@ -75,7 +75,7 @@ async def join(address: str, wanted: Join, note: Note, modules: Collection[str] 
         RemoteError: the run is ending, or our key is not for all that is asked for.
         SecurityError: a key is missing here, or the environment is in another module.
     """
-    began = time.monotonic()
+    began, said = time.monotonic(), list[str]()
     while True:
         message = await _asked(address, wanted, note)
         joined = parse(Joined, message)
@@ -84,8 +84,13 @@ async def join(address: str, wanted: Join, note: Note, modules: Collection[str] 
         if not joined.present:
             break
         if time.monotonic() - began > LEAVE_S:
-            raise UsageError(f"there already: {', '.join(joined.present)} of {host}; stop them first")
-        note(f"waiting until {', '.join(joined.present)} of an earlier start left")
+            names = ", ".join(joined.present)
+            raise UsageError(
+                f"there already: {names} of {host}; end that start of it first, by Ctrl-C where it was typed"
+            )
+        if joined.present != said:
+            said = joined.present
+            note(f"waiting until {', '.join(said)} of an earlier start left")
         await asyncio.sleep(AGAIN_S)
     _check_import(plan, address, modules)
     _compare(plan, host, joined, note)
@@ -117,18 +122,22 @@ async def granted(address: str, group: str, count: int, host: str) -> list[str]:
 
 async def _asked(address: str, wanted: Join, note: Note) -> Message:
     began, again = time.monotonic(), FIRST_S
-    hint = remote.hint(address, wanted.host)
-    with remote.controller(address, wanted.host) as head:
+    head, bare = remote.split(address)
+    if head and head == wanted.host:
+        raise UsageError(f"{address}: {head} is the host that joins; expected the head's name before the @ of {bare}")
+    with remote.controller(address, wanted.host) as controller:
         while True:
             try:
-                return await head.ask(Join.KIND, fields_of(wanted))
+                return await controller.ask(Join.KIND, fields_of(wanted))
             except UnreachableError:
                 waited = time.monotonic() - began
+            if waited < again and waited < WAIT_S:
+                continue
+            again *= 2
+            silent = f"nobody answers at {address} for {waited:.0f} s{await remote.hint(address, wanted.host)}"
             if waited >= WAIT_S:
-                raise UnreachableError(f"nobody answers at {address} for {waited:.0f} s; is the head started?{hint}")
-            if waited >= again:
-                again *= 2
-                note(f"nobody answers at {address} for {waited:.0f} s; on the head type:  ddrl run TOPO{hint}")
+                raise UnreachableError(f"{silent}; is the head started?")
+            note(f"{silent}; on the head type:  ddrl run TOPO")
 
 
 def _plan(message: Message, joined: Joined, address: str) -> Plan:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ddrl_bus.errors import EnvError, FencedError, RemoteError, SecurityError, UnreachableError, UsageError
+from ddrl_bus.errors import DdrlError, EnvError, FencedError, RemoteError, SecurityError, UnreachableError, UsageError
 from ddrl_bus.launch import closing, logs, remote, run_dir
 from ddrl_bus.launch.display import Display
 from ddrl_bus.launch.hosts import Missing, head_of
@@ -39,6 +39,8 @@ RESTARTS: Final = 3
 WITHIN_S: Final = 60.0
 FIRST_DELAY_S: Final = 0.5
 NOT_RETRIED: Final = frozenset(e.exit_code for e in (UsageError, EnvError, FencedError, SecurityError))
+SAID: Final = frozenset(e.exit_code for e in (UsageError, SecurityError))
+"""Errors whose words say it all: where they were raised is in the log."""
 STAGGER_S: Final = 0.4  # between kinds: all at once they would slow down the one that everybody waits for
 TERM_S: Final = 3.0
 STATUS_S: Final = 1.0
@@ -231,6 +233,8 @@ class Supervisor:
             return None
         told = {log: said for log in paths if (said := logs.last_exception(log, began[log]))}
         log, said = next(iter(told.items()), (paths[0] if paths else None, talk.tail))
+        if code in SAID:
+            said = said[said.rfind(f"\n{DdrlError.__module__}.") + 1 :]
         return Failure(name, code, said, log, time.monotonic())
 
     def _command(self, name: str) -> Sequence[str]:

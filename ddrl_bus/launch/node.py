@@ -14,8 +14,9 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,10 @@ from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
 
 INTERNAL: Final = DdrlError.exit_code
+NAMED_AFTER_S: Final = 5.0
+"""A host name without an address is named then, and again each time that it has taken twice as long."""
+RESOLVE_AGAIN_S: Final = 0.5
+MEND: Final = "correct `hosts:`, or enter it in /etc/hosts"
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -100,7 +105,34 @@ async def _serve(plan: Plan, names: Sequence[str], folder: Path, *, supervised: 
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signalled, number)
-    await serve_all(plan, names, folder, stop, hub=MemoryHub())
+    if await _have_addresses(plan, names, stop):
+        await serve_all(plan, names, folder, stop, hub=MemoryHub())
+
+
+async def _have_addresses(plan: Plan, names: Collection[str], stop: asyncio.Event) -> bool:
+    """Wait until the host names that these nodes bind are known here, as for a peer: for as long as it takes. False if
+    `stop` was set first."""
+    loop, again = asyncio.get_running_loop(), NAMED_AFTER_S
+    began, log = loop.time(), logging.getLogger(f"ddrl_bus.{next(iter(names))}")
+    for bind in {bind.address: bind for (name, _), bind in plan.binds.items() if name in names and bind.far}.values():
+        while not await _resolves(bind.address.strip("[]")):
+            if stop.is_set():
+                return False
+            if (waited := loop.time() - began) >= again:
+                again *= 2
+                where = f"cannot bind {bind.far} for {waited:.0f} s"
+                log.warning("%s: %s has no address on this machine yet; if it is wrong, %s", where, bind.address, MEND)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESOLVE_AGAIN_S):
+                    await stop.wait()
+    return True
+
+
+async def _resolves(name: str) -> bool:
+    try:
+        return bool(await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM))
+    except OSError:
+        return False
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

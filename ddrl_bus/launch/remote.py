@@ -6,11 +6,13 @@ the host that must answer, by its name in the allow-list.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,36 +97,57 @@ async def status_of(run: Path | str) -> Status:
         UnreachableError: it does not, or not for us.
         SecurityError: as of `controller`.
     """
-    with _asked(run) as asked:
+    async with _asked(run) as asked:
         return await asked.status()
 
 
 async def stop(run: Path | str) -> None:
     """Have the run drained.  Raises: as `status_of`, and RemoteError where it is stopped on its head only."""
-    with _asked(run) as asked:
+    async with _asked(run) as asked:
         await asked.stop()
 
 
-@contextmanager
-def _asked(run: Path | str) -> Iterator[Controller]:
+@asynccontextmanager
+async def _asked(run: Path | str) -> AsyncIterator[Controller]:
     """Raises: UnreachableError, as well, that says what may be missing at the far end."""
     address, host = (run, "") if isinstance(run, str) else _address(run)
     with controller(address, host) as found:
         try:
             yield found
         except UnreachableError as error:
-            raise UnreachableError(f"{error}{hint(address, host)}") from None
+            raise UnreachableError(f"{error}{await hint(address, host)}") from None
 
 
-def hint(address: str, host: str) -> str:
-    """Why a head that is there may not answer us."""
+async def hint(address: str, host: str) -> str:
+    """Why the head may not answer us: in the kernel's words, or what it may lack where something listens there."""
     head, bare = split(address)
     if not bare.startswith("tcp:"):
         return ""
+    if failure := await _failure(bare):
+        return f" ({failure})"
     if not head:
-        return "; where its links are encrypted, give tcp://HEAD@ADDRESS:PORT, HEAD being its name in `hosts:`"
+        return (
+            "; check the port, and where its links are encrypted, give tcp://HEAD@ADDRESS:PORT, HEAD being its name in "
+            "`hosts:`"
+        )
     host = host or keys.only()
     return f"; unless it was before, type on {head}:  {keys.introduction(host)}"
+
+
+async def _failure(address: str) -> str:
+    """Of a TCP connection to `tcp://HOST:PORT`; "" where it succeeds."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except TimeoutError:
+        return "nothing comes back: is the address right, and the port open?"
+    except socket.gaierror as error:
+        return f"{host}: {error.strerror}"
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno else str(error)
+    writer.close()
+    return ""
 
 
 def _address(run_dir: Path) -> tuple[str, str]:

@@ -195,11 +195,17 @@ def held(run_dir: Path, host: str) -> Iterator[None]:
     Raises:
         UsageError: somebody does.
     """
-    with (run_dir / f".{host}.lock").open("w") as lock:
+    with _locked(run_dir / f".{host}.lock", f"{run_dir} is being run already; `ddrl stop {run_dir}` ends it"):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, held: str) -> Iterator[None]:
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UsageError(f"{run_dir} is being run already; `ddrl stop {run_dir}` ends it") from None
+            raise UsageError(held) from None
         yield
 
 
@@ -208,16 +214,37 @@ def held(run_dir: Path, host: str) -> Iterator[None]:
 
 @contextmanager
 def sockets(plan: Plan, host: str) -> Iterator[None]:
-    """Keep the folder of the run's ipc sockets, for as long as nodes of this host may use it."""
+    """Keep the folder of the run's ipc sockets, for as long as nodes of this host may use it.
+
+    Raises:
+        UsageError: as `alone`.
+    """
     from ddrl_bus.transport import shared  # numpy, which most commands do without
 
+    with alone(plan, host):
+        try:
+            yield
+        finally:
+            shared.remove(plan.ipc_dir, (node.name for node in plan.nodes.values() if node.host == host))
+            if len({node.host for node in plan.nodes.values()}) == 1:  # hosts may share a machine
+                shutil.rmtree(plan.ipc_dir, ignore_errors=True)
+
+
+@contextmanager
+def alone(plan: Plan, host: str) -> Iterator[None]:
+    """Keep this user from running a host's share twice at a time, in two run directories: nodes of the second would
+    take over from those of the first.
+
+    Raises:
+        UsageError: it is being run here.
+    """
     make_private(plan.ipc_dir)
-    try:
+    with _locked(
+        plan.ipc_dir / f".{host}.lock",
+        f"{plan.name}: {host}'s share of this topology is being run here already; `ddrl stop` ends that run, or give "
+        "this one a `run_id=` and a `port=` of its own",
+    ):
         yield
-    finally:
-        shared.remove(plan.ipc_dir, (node.name for node in plan.nodes.values() if node.host == host))
-        if len({node.host for node in plan.nodes.values()}) == 1:  # hosts may share a machine
-            shutil.rmtree(plan.ipc_dir, ignore_errors=True)
 
 
 def make_private(folder: Path) -> None:

@@ -117,13 +117,14 @@ def host_share(
         words: the topology and overrides that the user gave.
         remotes: name → command of what runs other hosts' shares from here.
     Raises:
-        UsageError: the plan has no such host, or no node on it.
+        UsageError: the plan has no such host, or no node on it; or it is being run.
         SecurityError: the host needs a key that is not here.
     """
     if not plan.on_host(host):
         raise UsageError(f"{plan.name}: no node on host {host!r}; hosts: {', '.join(plan.hosts)}")
     check_keys(plan, host)
-    folder = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
+    with run_dir.alone(plan, host):  # else the newest run, which commands take by default, would be one that never was
+        folder = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
     lines = {other: command_of(plan, other, words) for other in hosts_of(plan) if other != host}
     return _supervised(plan, host, folder, started, {} if remotes else lines, remotes)
 
@@ -165,27 +166,32 @@ def added(
     """
     from ddrl_bus.launch import join
 
+    folder: Path | None = None
     if run.startswith("tcp://"):
-        address = join.address_of(run)
-        plan = asyncio.run(join.topology_of(address, _say, modules))
-        host = host or guest_host(plan)
-        check_keys(plan, host)
-        if host == head_of(plan):
-            raise UsageError(
-                f"{host} is the head: type there  ddrl-node --join RUN --add {group}, or name another --host"
-            )
+        plan, address, host = _run_there(run, group, host, modules)
     else:
         folder, plan, address = _run_here(run)
         if path is not None or host not in (None, head_of(plan)):
             raise UsageError(f"{folder} is of this machine, {head_of(plan)}: no --host or --run-dir beside it")
-        path, host = folder, head_of(plan)
+        host = head_of(plan)
     if reason := plan.why_fixed(group):
         raise UsageError(f"{plan.name}: {reason}")
     names = asyncio.run(join.granted(address, group, count, host))
-    if run.startswith("tcp://"):
-        path = run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
-    assert path is not None
-    return _added(plan, names, host, path)
+    folder = folder or run_dir.create(plan, path=path, command=sys.argv, started=started, host=host)
+    return _added(plan, names, host, folder)
+
+
+def _run_there(run: str, group: str, host: str | None, modules: Sequence[str]) -> tuple[Plan, str, str]:
+    """Plan of a run whose head is elsewhere, the address of its controller, and what this machine is called in it."""
+    from ddrl_bus.launch import join
+
+    address = join.address_of(run)
+    plan = asyncio.run(join.topology_of(address, _say, modules))
+    host = host or guest_host(plan)
+    if host == head_of(plan):
+        raise UsageError(f"{host} is the head: type there  ddrl-node --join RUN --add {group}, or name another --host")
+    check_keys(plan, host)
+    return plan, address, host
 
 
 def _run_here(run: str) -> tuple[Path, Plan, str]:

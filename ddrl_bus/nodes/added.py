@@ -26,17 +26,25 @@ class Added:
         self._path = run_dir / FILE
         self._given = self._path.read_text().split() if self._path.exists() else []
 
+    def first(self, join: Join) -> str:
+        """What the first node would be called that is added to that group on that host.
+
+        Raises:
+            UsageError: the run takes none into it.
+        """
+        if reason := self._plan.why_fixed(join.group):
+            raise UsageError(f"{self._plan.name}: {reason}")
+        return self._plan.name_added(join.group, 0, join.host)
+
     def grant(self, join: Join, heard: Iterable[str]) -> list[str]:
-        """Names for the nodes that somebody adds.
+        """Names for the nodes that somebody adds to a group that takes some.
 
         Args:
             heard: names of nodes; some may be of an earlier controller's giving, in another run directory.
         Raises:
-            UsageError: the run takes none there.
+            UsageError: the run takes none there, or not so many.
         """
         plan = self._plan
-        if reason := plan.why_fixed(join.group):
-            raise UsageError(f"{plan.name}: {reason}")
         nodes = (plan.added(name) for name in {*self._given, *heard})
         first = max((node.index - plan.groups[node.group].count + 1 for node in nodes if node), default=0)
         count = min(join.count, MAX_NODES)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from ddrl_bus.transport.wire import Array
 
 Dist = Any
 """Of torch.distributed, whose names differ between its builds."""
+LOOK_AGAIN_S: Final = 0.01
+CONNECT_S: Final = 0.5
 
 
 class Rendezvous:
@@ -46,6 +49,14 @@ class Rendezvous:
         )
 
 
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
 class Collective:
     """A group that all its members form at the same time, each as a `rank` of its own.
 
@@ -55,12 +66,21 @@ class Collective:
         address: of this host, as the others dial it.
         device: of the tensors that `sum` is given.
         deadline_s: longest time that anything here takes.
+        obsolete: whether nobody wants this group any more; asked until all are there.
     Raises:
         LostReplicaError: the others did not come.
     """
 
     def __init__(
-        self, store: str, generation: int, rank: int, world: int, address: str, device: torch.device, deadline_s: float
+        self,
+        store: str,
+        generation: int,
+        rank: int,
+        world: int,
+        address: str,
+        device: torch.device,
+        deadline_s: float,
+        obsolete: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank, self.world, self._generation, self._deadline = rank, world, generation, timedelta(seconds=deadline_s)
         self._dist: Dist = torch.distributed
@@ -69,11 +89,24 @@ class Collective:
         self._open = True
         host, _, port = store.rpartition(":")
         with self._together():
+            self._wait_for(lambda: _listens(host.strip("[]"), int(port)), obsolete)
             store_: Dist = self._dist.TCPStore(host.strip("[]"), int(port), None, False, self._deadline)
             meeting = self._dist.PrefixStore(str(generation), store_)
+            meeting.set(f"here-{rank}", "")
+            self._wait_for(lambda: meeting.check([f"here-{rank}" for rank in range(world)]), obsolete)
             self._gloo = self._over_gloo(meeting, address.strip("[]"))
             if self._own_gpus(meeting, device):
                 self._nccl = self._over_nccl(meeting)
+
+    def _wait_for(self, holds: Callable[[], bool], obsolete: Callable[[], bool]) -> None:
+        """What torch waits for as well, but until its deadline, whatever has become of the group meanwhile."""
+        ends = time.monotonic() + self._deadline.total_seconds()
+        while not holds():
+            if obsolete():
+                raise RuntimeError("another group is wanted")
+            if time.monotonic() >= ends:
+                raise RuntimeError("not all came before the deadline")
+            time.sleep(LOOK_AGAIN_S)
 
     def _over_gloo(self, meeting: Dist, address: str) -> Dist:
         options = self._dist.ProcessGroupGloo._Options()

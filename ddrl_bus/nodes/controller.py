@@ -201,11 +201,12 @@ class Controller(Node):
             return
         share = self.plan.processes.get(join.process, ()) if join.process else self.plan.on_host(join.host)
         nodes = [] if join.group else [node.name for node in share]
-        asked = [f"{join.group}-0.{join.host}"] if join.group else nodes
-        if others := sorted(name for name in asked if not (request.speakers is None or name in request.speakers)):
-            request.refuse(f"whoever asks has no key that is allowed for {', '.join(others[:16])}")
-            return
         try:
+            asked = [self.added.first(join)] if join.group else nodes
+            if names := sorted(name for name in asked if not (request.speakers is None or name in request.speakers)):
+                kinds = [self.plan.groups[join.group].kind] if join.group else [node.kind for node in share]
+                request.refuse(self._without_rights(names, kinds))
+                return
             added = self.added.grant(join, self.members) if join.group else []
         except UsageError as error:
             request.refuse(str(error))
@@ -221,6 +222,13 @@ class Controller(Node):
             added,
         )
         request.answer(Joined.KIND, fields_of(joined), {"topology": np.frombuffer(text, np.uint8)})
+
+    def _without_rights(self, names: list[str], kinds: list[str]) -> str:
+        head, roles = self.plan.controller.host, ", ".join(sorted(set(kinds)))
+        return (
+            f"whoever asks has no key that is allowed for {', '.join(names[:16])}; on {head} type:  "
+            f"ddrl keys allow HOST KEY  with no --role, or each of {roles}"
+        )
 
     def _may_be(self, name: str) -> bool:
         """Whether a node that was never heard may be one of this run."""

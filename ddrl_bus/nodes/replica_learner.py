@@ -229,6 +229,7 @@ class ReplicaLearner(Learner):
             self._address(),
             self.algo.device,
             self.deadline,
+            lambda: self.control.group is not None and self.control.group.generation > group.generation,
         )
         self.algo.all_reduce = self._sum if len(ranks) > 1 else None
         self._agree(self.collective)

@@ -84,6 +84,11 @@ class Ledger:
         self._page[slot * _SLOT : slot * _SLOT + len(encoded)] = encoded
         return Counter(self._cells, slot * _CELLS + _CELLS - 1)
 
+    @property
+    def room(self) -> int:
+        """Counters that it can still make."""
+        return _SLOTS - len(self._counters)
+
     def snapshot(self) -> dict[str, int]:
         return {name: counter.value for name, counter in self._counters.items()}
 

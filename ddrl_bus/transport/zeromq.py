@@ -205,6 +205,11 @@ class ZmqSocket:
                     f"cannot bind {address}: the address is in use; stop the process that holds it, "
                     "or give this topology another `port:`"
                 ) from None
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise UsageError(
+                    f"cannot bind {address}: this machine has no such address; correct `hosts:`, or start this host's "
+                    "share on the machine that has it"
+                ) from None
             raise UsageError(f"cannot bind {address}: {error}") from None
 
     def connect(self, address: str) -> None:

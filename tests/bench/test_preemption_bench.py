@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 
 from ddrl_bus.bench import preemption
+from ddrl_bus.bench.crew import crew
 from ddrl_bus.bench.preemption import SLOWER, UNROLL, Case
+from ddrl_bus.launch import run_dir
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,9 @@ def test_the_slow_one_ends_its_rollouts_early() -> None:
 
 
 def test_a_process_that_leaves_ends_it(tmp_path: Path) -> None:
-    gone = multiprocessing.get_context("spawn").Process(target=int)
-    gone.start()
-    gone.join()
-    with pytest.raises(RuntimeError, match="worker-0 left after 0 updates"):
-        next(preemption._updates(tmp_path, 1, {"worker-0": gone}))
+    case = Case(1, 0)
+    run_dir.create(preemption._plan(case, tmp_path), path=tmp_path, command=[], started=0.0)
+    with crew(1) as members:
+        members[0].start(preemption._live, "worker-9", case, tmp_path)
+        with pytest.raises(RuntimeError, match="no node 'worker-9'; have"):
+            next(preemption._updates(tmp_path, 1, members))

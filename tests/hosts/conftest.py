@@ -13,8 +13,8 @@ def cable() -> Iterator[Cable]:
         yield cable
 
 
-RUNS = ("actor", "evaluator", "relay")
-"""Kinds of node on the second host."""
+RUNS = ("actor", "evaluator")
+"""Kinds of node on the second host, beside the relay that comes along with them."""
 
 
 @pytest.fixture

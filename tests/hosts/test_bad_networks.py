@@ -16,7 +16,8 @@ from cables import ADDRESSES, MISSING, Cable, running
 from runs import FOREVER, Run, assert_closed
 
 from ddrl_bus.bench.cable import ip
-from ddrl_bus.bench.faults import between
+from ddrl_bus.bench.faults import BESIDE, PORT, between, between_hosts
+from ddrl_bus.bench.proxy import Proxy
 from ddrl_bus.launch.hosts import SILENT_S
 from ddrl_bus.transport import ledger
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.hosts
 needs_cable = pytest.mark.skipif(bool(MISSING) and os.environ.get("CI") != "true", reason=MISSING)
 
 TOPOLOGY = (
-    *("two-hosts", "run_id=bad", "insecure=true", *FOREVER, "algo.hidden=[16]", "algo.batch=8"),
+    *("two-hosts", "run_id=bad", *FOREVER, "algo.hidden=[16]", "algo.batch=8"),
     *("nodes.actor.count=2", "nodes.actor.host=[gpu0, cpu1]", "nodes.actor.envs=8", "nodes.evaluator.count=0"),
 )
 """An actor on either host; the far one is actor-1."""
@@ -40,12 +41,18 @@ def free_ports(n: int = 6) -> int:
     raise AssertionError
 
 
+Keys = dict[str, Path]
+
+
 def share(
-    host: str, folder: Path, words: tuple[str, ...], cable: Cable | None = None, **addresses: str
+    host: str, folder: Path, cable: Cable | None = None, keys: Keys | None = None, **addresses: str
 ) -> AbstractContextManager[Run]:
     """`ddrl-node --host HOST`; `addresses` are those of the hosts, as this one sees them."""
     variables = {name.upper(): address for name, address in addresses.items()}
-    return running(cable, host, folder, "-t", *TOPOLOGY, "--host", host, *words, **variables)
+    if keys is not None:
+        variables["DDRL_KEYS"] = str(keys[host])
+    insecure = f"insecure={str(keys is None).lower()}"
+    return running(cable, host, folder, "-t", *TOPOLOGY, insecure, "--host", host, **variables)
 
 
 def of_actor(run: Run, index: int) -> int:
@@ -92,8 +99,8 @@ def ends_with_closed_books(learner: Run, actors: Run, killed: bool = False) -> N
 def plugged(cable: Cable, folder: Path) -> Iterator[tuple[Run, Run]]:
     """Both hosts' shares, once unrolls of the far one are trained on."""
     with (
-        share("gpu0", folder / "gpu0", (), cable, **ADDRESSES) as learner,
-        share("cpu1", folder / "cpu1", (), cable, **ADDRESSES) as actors,
+        share("gpu0", folder / "gpu0", cable, **ADDRESSES) as learner,
+        share("cpu1", folder / "cpu1", cable, **ADDRESSES) as actors,
     ):
         takes(learner, 1)
         yield learner, actors
@@ -122,6 +129,8 @@ def test_a_cable_that_is_silent_then_lossy_then_narrow(cable: Cable, tmp_path: P
         ends_with_closed_books(learner, actors)
 
 
+DEAF_S = 6.0
+"""Longer than a connection is kept of which nothing is acknowledged."""
 HEAD = "head.test"
 
 
@@ -154,23 +163,70 @@ def names(cable: Cable) -> Iterator[Names]:
 
 
 @needs_cable
+def test_by_keys_over_a_cable_that_is_deaf_on_one_side_and_narrow(cable: Cable, tmp_path: Path, keys: Keys) -> None:
+    """What is sent one way arrives, and no answer; for longer than any limit. Then a line on which handshakes are slow,
+    too: each fault ends every connection."""
+    addresses = {host: f"{address}:{PORT}" for host, address in ADDRESSES.items()}
+    with (
+        share("gpu0", tmp_path / "gpu0", cable, keys, **addresses) as learner,
+        share("cpu1", tmp_path / "cpu1", cable, keys, **addresses) as actors,
+    ):
+        takes(learner, 1)
+        for deaf in ADDRESSES:
+            with cable.deaf(deaf):
+                time.sleep(1)
+                before = of_actor(learner, 1)
+                time.sleep(DEAF_S)
+                assert of_actor(learner, 1) == before
+                takes(learner, 0)
+            with cable.narrow(1 << 20):
+                takes(learner, 1)
+        assert lost(learner) <= 2  # the window, each time
+        ends_with_closed_books(learner, actors)
+
+
+@needs_cable
+def test_by_keys_over_connections_that_are_mute_and_then_reset(cable: Cable, tmp_path: Path, keys: Keys) -> None:
+    far = {"gpu0": f"{BESIDE}:{PORT}", "cpu1": ADDRESSES["cpu1"]}
+    with (
+        between_hosts(cable, range(PORT, PORT + 6)) as do,
+        share("gpu0", tmp_path / "gpu0", cable, keys, **far | {"gpu0": f"{ADDRESSES['gpu0']}:{PORT}"}) as learner,
+        share("cpu1", tmp_path / "cpu1", cable, keys, **far) as actors,
+    ):
+        takes(learner, 1)
+        do(lambda proxy: proxy.mute(True))
+        time.sleep(1)
+        before = of_actor(learner, 1)
+        time.sleep(DEAF_S)
+        assert of_actor(learner, 1) == before
+        do(lambda proxy: proxy.mute(False))
+        takes(learner, 1)
+        do(Proxy.cut)
+        takes(learner, 1)
+        assert lost(learner) <= 2  # the window, each time
+        ends_with_closed_books(learner, actors)
+
+
+@needs_cable
 def test_a_head_whose_name_is_known_late_and_that_moves(cable: Cable, names: Names, tmp_path: Path) -> None:
-    """Nodes dial names, and look them up again each time: nobody elsewhere is started anew."""
+    """Nodes wait for the name that they bind, dial names, and look them up again each time: nobody is started anew."""
     addresses = {"gpu0": HEAD, "cpu1": ADDRESSES["cpu1"]}
-    names("gpu0", ADDRESSES["gpu0"])
-    with share("cpu1", tmp_path / "cpu1", (), cable, **addresses) as actors:
+    with share("cpu1", tmp_path / "cpu1", cable, **addresses) as actors:
         actors.pid("actor-1")
-        with share("gpu0", tmp_path / "gpu0", (), cable, **addresses) as learner:
+        with share("gpu0", tmp_path / "gpu0", cable, **addresses) as learner:
+            learner.until(lambda: f"{HEAD} has no address on this machine yet" in learner.said, "what it waits for")
+            names("gpu0", ADDRESSES["gpu0"])
             takes(learner, 0)
             assert of_actor(learner, 1) == 0
             names("cpu1", ADDRESSES["gpu0"])
             takes(learner, 1)
+            assert len(learner.lives()) == len(dict(learner.lives()))
         moved = "10.77.0.3"
         ip("-n", cable.namespaces["gpu0"], "addr", "flush", "dev", cable.ends["gpu0"])
         ip("-n", cable.namespaces["gpu0"], "addr", "add", f"{moved}/24", "dev", cable.ends["gpu0"])
         names("gpu0", moved)
         names("cpu1", moved)
-        with share("gpu0", tmp_path / "gpu0", (), cable, **addresses) as learner:
+        with share("gpu0", tmp_path / "gpu0", cable, **addresses) as learner:
             takes(learner, 1)
             assert [life for life in actors.lives() if life[0] == "actor-1"] == [("actor-1", actors.pid("actor-1"))]
             ends_with_closed_books(learner, actors, killed=True)
@@ -185,8 +241,8 @@ def test_connections_that_are_late_and_then_mute(tmp_path: Path) -> None:
     near, far = "127.0.0.1", "127.0.0.2"
     with (
         between(near, far, range(port, port + 6)) as do,
-        share("gpu0", tmp_path / "gpu0", (), gpu0=f"{near}:{port}", cpu1="127.0.0.3") as learner,
-        share("cpu1", tmp_path / "cpu1", (), gpu0=f"{far}:{port}", cpu1="127.0.0.3") as actors,
+        share("gpu0", tmp_path / "gpu0", gpu0=f"{near}:{port}", cpu1="127.0.0.3") as learner,
+        share("cpu1", tmp_path / "cpu1", gpu0=f"{far}:{port}", cpu1="127.0.0.3") as actors,
     ):
         takes(learner, 1)
         do(lambda proxy: setattr(proxy, "delay_s", 0.2))

@@ -28,6 +28,8 @@ def test_the_host_is_known_by_its_address() -> None:
         UsageError, match=r"addresses: gpu0 \(198\.51\.100\.1\), cpu1 \(198\.51\.100\.2:7200\); a host is started there"
     ):
         this_host(plan())
+    with pytest.raises(UsageError, match=r"addresses: gpu0 \(gpu0\.invalid: no such name here\), cpu1"):
+        this_host(plan("gpu0.invalid"))
 
 
 def test_a_name_that_does_not_resolve_is_elsewhere() -> None:

@@ -211,6 +211,18 @@ def test_a_node_drains_when_its_parent_dies(folder: Path) -> None:
         heard(parent, "drained")
 
 
+def test_a_node_waits_for_the_name_that_it_binds_and_says_so(tmp_path: Path) -> None:
+    hosts = "hosts={gpu0: gpu0.invalid, cpu1: 198.51.100.2}"
+    plan = plan_of("quickstart", [hosts, "nodes.actor.host=cpu1", "insecure=true"], probe=False)
+    folder = run_dir.create(plan, path=tmp_path / "run", command=["test"], started=0.0)
+    code = "import ddrl_bus.launch.node as node; node.NAMED_AFTER_S = 0.01" + SERVING.format("")
+    with start(folder, code, "--name", "learner-0") as process:
+        heard(process, "gpu0.invalid has no address on this machine yet; if it is wrong, correct `hosts:`")
+        process.send_signal(signal.SIGTERM)
+        assert "serving" not in process.communicate(timeout=20)[0]
+        assert process.returncode == 0
+
+
 def test_a_missing_topology_is_refused_in_words(folder: Path) -> None:
     missing = [sys.executable, "-m", "ddrl_bus.launch.node", "--topology", "none.yaml", "--name", "x", "--run-dir", "."]
     result = subprocess.run(missing, capture_output=True, text=True, timeout=60, cwd=folder, check=False)

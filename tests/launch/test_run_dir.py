@@ -128,6 +128,17 @@ def test_one_supervisor_per_host_and_run(tmp_path: Path) -> None:
         pass
 
 
+def test_nobody_runs_a_share_twice_at_a_time_on_one_machine(plan: Plan) -> None:
+    """In two run directories its nodes would have the same sockets and names."""
+    with run_dir.sockets(plan, "local"):
+        with pytest.raises(UsageError, match=r"local's share .* is being run here already; `ddrl stop` ends"):
+            run_dir.alone(plan, "local").__enter__()
+        with run_dir.alone(plan, "cpu1"):
+            pass
+    with run_dir.sockets(plan, "local"):
+        pass
+
+
 def test_a_run_directory_is_ones_own_whatever_the_umask(plan: Plan, tmp_path: Path) -> None:
     before = os.umask(0)
     try:

@@ -18,6 +18,7 @@ from ddrl_bus.nodes.access import access_of, guard
 from ddrl_bus.nodes.base import Node
 from ddrl_bus.topology import Plan, load
 from ddrl_bus.topology.exposure import insecure_links, leaves, needs_key
+from ddrl_bus.topology.schema import PORTS, RELAYED
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.security import Peer
 
@@ -80,6 +81,23 @@ def test_weights_that_are_relayed_are_the_relays_to_hear(tmp_path: Path) -> None
     assert set(relay.servers.values()) == {Peer("gpu0", "learner"), Peer("gpu0", "controller")}
     assert len(relay.servers) == 3  # weights, progress, control
     assert len(access_of(plan, "actor-0").servers) == 4  # no weights
+
+
+@pytest.mark.parametrize(("role", "speaks"), [("actor", True), ("evaluator", True), ("learner", False)])
+def test_whoever_may_hear_weights_may_run_the_relay_of_its_host(
+    role: str, speaks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(keys.ENVIRONMENT, str(tmp_path / "keys"))
+    keys.new("gpu0")
+    public = "a" + "1" * 39
+    keys.allow(keys.Entry("cpu1", public, frozenset({role})))
+    speakers = guard(plan_of(tmp_path), "learner-0", Ledger()).speakers("weights", public)
+    assert ("relay-0" in speakers) is speaks
+    assert str(keys.allowed()[-1]).split()[2:] == [role]  # which is what the file says
+
+
+def test_relays_come_along_with_every_kind_that_hears_weights() -> None:
+    assert {kind for link in RELAYED for kind in PORTS[link].targets} == keys.RELAYED
 
 
 @pytest.mark.parametrize("overrides", [["hosts.cpu1=127.0.0.2", "hosts.gpu0=127.0.0.1", "hosts.cpu2=127.0.0.3"]])

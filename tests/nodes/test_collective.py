@@ -203,6 +203,20 @@ def test_nobody_at_the_place_where_they_meet() -> None:
         Collective(address, 7, 1, 2, "127.0.0.1", CPU, 0.3)
 
 
+@pytest.mark.parametrize("meeting", [True, False])
+def test_a_group_that_nobody_wants_any_more_is_not_waited_for(meeting: bool) -> None:
+    """Whether the first member, at whose place they meet, is there or gone."""
+    store, wanted = Rendezvous("127.0.0.1", LONG_S), threading.Event()
+    address = store.address
+    if not meeting:
+        del store
+    with ThreadPoolExecutor(1) as thread:
+        joining = thread.submit(Collective, address, 1, 1, 2, "127.0.0.1", CPU, LONG_S, wanted.is_set)
+        assert not wait([joining], 0.2).done
+        wanted.set()
+        assert lost(joining, LONG_S / 2) == "generation 1 of 2 replicas: another group is wanted"
+
+
 OPERATIONS: dict[str, Callable[[Collective, int], Any]] = {
     "sum": sum_of(torch.ones(100_000)),
     "gather": lambda each, rank: each.gather([rank]),

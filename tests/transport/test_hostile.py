@@ -389,16 +389,18 @@ async def test_a_flood_of_hellos_is_bounded(world: World, monkeypatch: pytest.Mo
 
 
 async def test_a_flood_of_lives_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "MAX_LANES", 50)
+    """Books are of the newest alone; all leave counters behind, until the ledger must keep the rest for who is here."""
+    monkeypatch.setattr(queue, "SPARE", world.receiver._ledger.room - 100)
     hello, push = world.stranger("credits", zmq.XSUB), world.stranger("data", zmq.PUSH)
-    for epoch in range(1, 100):
+    for epoch in range(1, 60):
         await _send(hello, [b"\x01Qghost\x00%016x\x00" % epoch])
         await until(lambda epoch=epoch: _epoch(world, "ghost") + _lanes(world) == epoch)
         if not _lanes(world):
             await _send(push, [valid("ghost", epoch)])
             async with asyncio.timeout(WAIT_S):
                 assert (await world.receiver.recv()).node == "ghost"
-    assert _lanes(world) == 50
+            assert [sender for sender, _ in world.receiver._books].count("ghost") == 1
+    assert 30 < _epoch(world, "ghost") == 59 - _lanes(world) < 50
     await world.good()
     world.forged = True
 

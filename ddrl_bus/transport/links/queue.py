@@ -37,7 +37,10 @@ from ddrl_bus.transport.wire import Arena, Buffer, Codec, Message
 
 PROBE_KIND: Final = "_probe"
 MAX_LANES: Final = 2048
-"""Lives of senders that one receiver ever keeps books of: a stranger could say hello under any number of names."""
+"""Senders of one receiver: a stranger could say hello under any number of names."""
+LANE_COUNTERS: Final = 5
+SPARE: Final = 1024
+"""Counters of the ledger that lanes leave to others. It keeps those of all lives: some 7,000 fit."""
 
 
 @dataclass(slots=True)
@@ -238,10 +241,10 @@ def _parse_credit(parts: Sequence[Buffer]) -> Credit:
 
 @dataclass(slots=True)
 class _LaneBooks:
+    """The rarer `refused`, `lost` and `duplicates` are made when they are needed: a ledger has room for so many."""
+
+    lane: str
     accepted: Counter
-    refused: Counter
-    lost: Counter
-    duplicates: Counter
     taken: Counter
 
 
@@ -327,7 +330,7 @@ class Receiver(End):
         if verdict == ACCEPT:
             self._accept(message, began)
         elif verdict == "duplicate":
-            self._lane_books(message.node, message.epoch).duplicates.add()
+            self._rare(message.node, message.epoch, "duplicates").add()
         else:
             self._refuse(verdict)
         self._credits_soon()
@@ -336,7 +339,7 @@ class Receiver(End):
         books = self._lane_books(message.node, message.epoch)
         reason = self.check(message) if self.check is not None else None
         if reason is not None:
-            books.refused.add()
+            self._rare(message.node, message.epoch, "refused").add()
             self._counter("refused", reason).add()
             self._core.freed(message.node, message.epoch)
             return
@@ -350,11 +353,13 @@ class Receiver(End):
     def _lane_books(self, sender: str, epoch: int) -> _LaneBooks:
         books = self._books.get((sender, epoch))
         if books is None:
-            ends = f"{life(sender, epoch)}>{life(self._node, self._epoch)}"
-            books = self._books[sender, epoch] = _LaneBooks(
-                *(self._counter(ends, what) for what in ("accepted", "refused", "lost", "duplicates", "taken"))
-            )
+            lane = f"{life(sender, epoch)}>{life(self._node, self._epoch)}"
+            counters = self._counter(lane, "accepted"), self._counter(lane, "taken")
+            books = self._books[sender, epoch] = _LaneBooks(lane, *counters)
         return books
+
+    def _rare(self, sender: str, epoch: int, what: str) -> Counter:
+        return self._counter(self._lane_books(sender, epoch).lane, what)
 
     def _on_hello(self, parts: list[Buffer]) -> None:
         hello = subscription(parts, b"Q")
@@ -366,12 +371,19 @@ class Receiver(End):
             return
         known = self._core.senders.get(hello[0])
         is_new = known is None or known.epoch < hello[1]
-        if is_new and max(len(self._books), len(self._core.senders)) >= MAX_LANES:
+        if is_new and not self._has_room(new_name=known is None):
             self._refuse("lanes")
             return
+        if is_new and known is not None:  # nothing of its old life is accepted any more; its counters stay
+            self._books.pop((known.sender, known.epoch), None)
         if self._core.hello(*hello) is None:
             self._refuse("fenced")
         self._credits_soon()
+
+    def _has_room(self, *, new_name: bool) -> bool:
+        """Whether a new life can have books: the ledger must hold all that the lives which are here may yet count."""
+        senders = len(self._core.senders) + new_name
+        return senders <= MAX_LANES and self._ledger.room >= LANE_COUNTERS * (senders + 1) + SPARE
 
     def _credits_soon(self) -> None:
         # One round of credits per turn of the loop, however many messages it moved.
@@ -388,7 +400,7 @@ class Receiver(End):
 
     def _poll(self, now: float) -> None:
         for inbound, lost in self._core.poll(now):
-            self._lane_books(inbound.sender, inbound.epoch).lost.add(lost)
+            self._rare(inbound.sender, inbound.epoch, "lost").add(lost)
         self._send_credits()
 
     @property
