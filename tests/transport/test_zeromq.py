@@ -27,6 +27,7 @@ from ddrl_bus.transport.base import OnMessage, SocketKind
 from ddrl_bus.transport.wire import SMALL_FRAME, Buffer, Layout
 from ddrl_bus.transport.zeromq import (
     COPY_BELOW,
+    CORK_BELOW,
     DRAIN_BYTES,
     DRAIN_MESSAGES,
     KIND_OPTIONS,
@@ -456,6 +457,16 @@ async def test_both_addresses_of_a_binder_work(net: Net) -> None:
         sender = net.bus(f"actor-{i}").sender("data", {"learner": address})
         await sender.send(numbered(i, SMALL), {"i": i})
         assert await take(receiver, 1) == [i]
+
+
+async def test_what_libzmq_tells_a_sender_that_is_done_is_read(backend: ZmqBackend, tmp_path: Path) -> None:
+    """It tells it how many have left, time and again: its descriptor is readable then, though nothing is to be sent."""
+    pair = Pair(backend, tmp_path, SocketKind.PULL, SocketKind.PUSH)
+    for _ in range(OPTIONS[zmq.SNDHWM]):
+        assert pair.connected.send(bytes(CORK_BELOW))
+    await until(lambda: len(pair.at_bound) == OPTIONS[zmq.SNDHWM])
+    await asyncio.sleep(0.05)
+    assert not select.select([pair.connected._fd], [], [], 0)[0]
 
 
 async def test_held_back_frames_wait_for_room_without_spinning(backend: ZmqBackend, tmp_path: Path) -> None:
