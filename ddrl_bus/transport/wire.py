@@ -37,7 +37,7 @@ if sys.byteorder != "little":  # pragma: no cover - arrays travel as they lie in
     raise ImportError("ddrl_bus sends arrays in little-endian memory order; this machine is big-endian")
 
 MAGIC: Final = b"DDRL"
-PROTOCOL: Final = (1, 1)
+PROTOCOL: Final = (2, 0)
 ALIGN: Final = 64
 SMALL_FRAME: Final = 8 << 10
 """Received frames up to this size are taken as `bytes`: they are slices of libzmq's read buffer and would pin it."""
@@ -80,13 +80,14 @@ Codec: TypeAlias = Literal["auto", "none", "lz4", "delta"]
 """How the arenas of a link travel; auto: LZ4 where `Layout.compressible`; delta: as differences, on a `latest`."""
 
 _PREFIX: Final = struct.Struct("<4sBBHII")
+_PREFIX_BYTES: Final = _PREFIX.size
 _HEAD_ROOM: Final = 512
 _ZEROED: Final = 16 << 10
 _COMPRESS_FROM: Final = 16 << 10
 _PLAIN, _LZ4 = 0, 1
 _LZ4_RATIO: Final = 255
 """A byte of an LZ4 block stands for so many at most."""
-_HEADER_TYPES: Final = (str, str, int, int, int, dict, bytes)
+_HEADER_TYPES: Final = [str, str, int, int, int, dict, bytes]
 _SCALARS: Final = frozenset((str, int, float, bool, type(None)))
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
 
@@ -190,13 +191,15 @@ class Arena:
     def _allocate(self, room: int) -> None:
         size = room + self._layout.size
         self._room = room
+        buffer: Any
         if size <= _ZEROED:
-            buffer = self._buffer = np.zeros(size, np.uint8)
+            buffer = bytearray(size)
         else:
-            buffer = self._buffer = np.empty(size, np.uint8)
+            buffer = np.empty(size, np.uint8)
             for p in self._layout.placed:  # the gaps travel too: send zeros, not what the heap held before
                 end = room + p.offset + p.nbytes
                 buffer[end : _round_up(end)] = 0
+        self._buffer = memoryview(buffer)
         self.arrays: dict[str, Array] = {
             p.name: np.ndarray(p.shape, p.dtype, buffer, room + p.offset) for p in self._layout.placed
         }
@@ -221,7 +224,7 @@ class Arena:
     @property
     def body(self) -> Array:
         """[nbytes] uint8: all arrays as they will travel, zeros between them."""
-        return self._buffer[self._room :]
+        return np.frombuffer(self._buffer, np.uint8, offset=self._room)
 
     def encode(
         self, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int = 0, *, compress: bool = False
@@ -233,7 +236,7 @@ class Arena:
         if head > self._room:
             self._outgrown(head)
         self.raw_size = head + layout.size
-        frame = self._buffer.data[self._room - head :]
+        frame = self._buffer[self._room - head :]
         if compress:
             block: bytes = lz4.block.compress(frame[head:], store_size=False)
             if len(block) < layout.size:
@@ -262,14 +265,13 @@ def _head(
 ) -> bytes:
     """All of a frame that stands before its arena."""
     header: bytes = _pack((layout.kind, node, epoch, seq, lane, fields, layout.packed_specs))
-    text_end = _PREFIX.size + len(header)
-    head = _round_up(text_end)
+    head = _round_up(_PREFIX_BYTES + len(header))
     if head > MAX_HEADER:
         raise WireError("oversized", f"{layout.kind}: header of {head} bytes, at most {MAX_HEADER} travel")
     if head + layout.size > MAX_FRAME:
         size = head + layout.size
         raise WireError("oversized", f"{layout.kind}: frame of {size} bytes, at most {MAX_FRAME} travel")
-    return _PREFIX.pack(MAGIC, *PROTOCOL, codec, len(header), head) + header + bytes(head - text_end)
+    return (_PREFIX.pack(MAGIC, *PROTOCOL, codec, len(header), head) + header).ljust(head, b"\0")
 
 
 def _packed_specs(placed: Sequence[_Placed]) -> bytes:
@@ -303,8 +305,8 @@ def decode(frame: Buffer) -> Message:
         WireError: whatever is wrong with it; `reason` is one of `REASONS`. No other exception leaves.
     """
     size = len(frame)
-    if size < _PREFIX.size:
-        raise WireError("truncated", f"{size} bytes, a frame has at least {_PREFIX.size}")
+    if size < _PREFIX_BYTES:
+        raise WireError("truncated", f"{size} bytes, a frame has at least {_PREFIX_BYTES}")
     if size > MAX_FRAME:
         raise WireError("oversized", f"{size} bytes, at most {MAX_FRAME}")
     magic, major, minor, codec, header_len, arena_at = _PREFIX.unpack_from(frame)
@@ -316,9 +318,10 @@ def decode(frame: Buffer) -> Message:
         raise WireError("oversized", f"header of {header_len} bytes, at most {MAX_HEADER}")
     if codec not in (_PLAIN, _LZ4):
         raise WireError("codec", f"codec {codec} here, we know {_PLAIN} and {_LZ4}")
-    if arena_at % ALIGN or not _PREFIX.size + header_len <= arena_at <= size:
+    header_end = _PREFIX_BYTES + header_len
+    if arena_at % ALIGN or not header_end <= arena_at <= size:
         raise WireError("truncated", f"header of {header_len} bytes, arena at {arena_at}, frame of {size}")
-    kind, node, epoch, seq, lane, fields, specs = _header(frame[_PREFIX.size : _PREFIX.size + header_len])
+    kind, node, epoch, seq, lane, fields, specs = _header(frame[_PREFIX_BYTES:header_end])
     placed, arena_size = _parsed_specs(specs)
     if codec == _LZ4:
         frame, arena_at = _decompressed(memoryview(frame)[arena_at:], arena_size), 0
@@ -368,8 +371,8 @@ def head_size(frame: Buffer) -> int:
     Raises:
         WireError: `truncated`, there are fewer.
     """
-    size = int.from_bytes(frame[_PREFIX.size - 4 : _PREFIX.size], "little")
-    if not _PREFIX.size <= size <= len(frame):
+    size = int.from_bytes(frame[_PREFIX_BYTES - 4 : _PREFIX_BYTES], "little")
+    if not _PREFIX_BYTES <= size <= len(frame):
         raise WireError("truncated", f"{len(frame)} bytes, its arena begins at {size}")
     return size
 
@@ -381,6 +384,8 @@ def unpack(data: Buffer) -> Any:
         WireError: `header`, whatever msgpack disliked.
     """
     try:
+        if len(data) <= MAX_ITEMS:  # too short for any of the limits, and reading them takes as long as all else
+            return msgpack.unpackb(data, max_ext_len=0)
         return msgpack.unpackb(
             data,
             strict_map_key=True,
@@ -396,7 +401,7 @@ def unpack(data: Buffer) -> Any:
 
 def _header(data: Buffer) -> tuple[str, str, int, int, int, dict[str, Any], bytes]:
     header = unpack(data)
-    if type(header) is not list or tuple(map(type, header)) != _HEADER_TYPES:
+    if type(header) is not list or [*map(type, header)] != _HEADER_TYPES:
         raise WireError("header", "expected [kind, node, epoch, seq, lane, fields, specs]")
     kind, node, epoch, seq, lane, fields, specs = header
     if len(kind) > 64 or len(node) > 64:

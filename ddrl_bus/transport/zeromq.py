@@ -30,9 +30,13 @@ from ddrl_bus.transport.wire import MAX_FRAME, SMALL_FRAME, Buffer
 COPY_BELOW: Final = 128 << 10
 """Bytes under which a copying send is faster than a zero-copy one."""
 CORK_BELOW: Final = 4 << 10
-CORK_FRAMES: Final = 16
-"""A PUSH hands frames smaller than the first to libzmq so many at a time, or as soon as the event loop turns: each
-hand-over may have to wake libzmq's thread, which costs more than the frame."""
+"""A PUSH hands frames smaller than this to libzmq several at a time, as one *train*: as many as `SMALL_FRAME` has room
+for, or what there is when the event loop turns. Each hand-over costs both sides more than such a frame does.
+
+    | "DDRT" | length, 4 bytes | frame | length | frame | …
+"""
+_TRAIN: Final = b"DDRT"
+_LENGTH: Final = 4
 _NOBLOCK: Final = int(zmq.NOBLOCK)  # plain integers: combining pyzmq's flags takes a microsecond
 _MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
@@ -40,9 +44,10 @@ ASK_FIRST: Final = 2
 """Messages of one drain before which the socket is asked whether there is one: a receive that finds none raises, which
 costs as much as five questions. After so many there is a backlog."""
 BIND_AGAIN_S: Final = 0.05
-DRAIN_MESSAGES: Final = 256
+DRAIN_MESSAGES: Final = 16
 DRAIN_BYTES: Final = 1 << 20
-"""Both bound one turn of the pump; more bytes at once would only make libzmq fault in memory for the next ones. A
+"""Both bound one turn of the pump, but for the rest of a train: what was received is taken, and its sender given credit
+for more, before the next is received. More bytes at once would also make libzmq fault in memory for the next ones. A
 DEALER takes one message a turn: whoever awaits it goes on before the socket is asked for another."""
 
 SLOWEST_MS: Final = 60_000
@@ -173,9 +178,11 @@ class ZmqSocket:
         self._on_message = on_message
         self._when_writable: list[Callable[[], None]] = []
         self._corks = kind is SocketKind.PUSH
+        self._uncouples = kind is SocketKind.PULL
         self._publishes = kind is SocketKind.XPUB
         self._at_once = 1 if kind is SocketKind.DEALER else DRAIN_MESSAGES
         self._cork: list[Buffer] = []
+        self._corked = len(_TRAIN)
         self._pump_due = False
         self._locks: list[int] = []
         self.speakers: frozenset[str] | None = None
@@ -279,23 +286,25 @@ class ZmqSocket:
     def send(self, *parts: Buffer) -> bool:
         if self._corks and len(parts) == 1 and len(parts[0]) < CORK_BELOW:
             return self._send_corked(parts[0])
-        return (not self._cork or self._uncork()) and self._send_now(parts)
+        return self._uncork() and self._send_now(parts)
 
     def _send_corked(self, frame: Buffer) -> bool:
-        if len(self._cork) >= CORK_FRAMES and not self._uncork():
+        size = _LENGTH + len(frame)
+        if self._corked + size > SMALL_FRAME and not self._uncork():
             return False
         if not self._cork:
             self._pump_soon()
-        self._cork.append(frame)
+        self._cork += len(frame).to_bytes(_LENGTH, "little"), frame
+        self._corked += size
         return True
 
     def _uncork(self) -> bool:
-        """Hand over what is held back; False if there is no room for all of it, and the pump will try again."""
-        for done, frame in enumerate(self._cork):
-            if not self._send_now((frame,)):
-                del self._cork[:done]
-                return False
+        """Hand over what is held back; False if there is no room for it, and the pump will try again."""
+        alone = len(self._cork) == 2
+        if self._cork and not self._send_now((self._cork[1] if alone else b"".join((_TRAIN, *self._cork)),)):
+            return False
         self._cork.clear()
+        self._corked = len(_TRAIN)
         return True
 
     def _send_now(self, parts: Sequence[Buffer]) -> bool:
@@ -341,21 +350,25 @@ class ZmqSocket:
     def _pump(self, told: int = 0) -> None:
         """`told`: the messages that the descriptor speaks of, for which the socket need not be asked."""
         self._pump_due = False
-        if self._cork and not self.raw.closed:
+        if not self.raw.closed:
             self._uncork()
         if self._on_message is not None:
             self._drain(self._on_message, told)
+        elif told and not self.raw.closed:
+            self.raw.getsockopt(
+                _EVENTS
+            )  # unasked, the descriptor stays readable until the next send: the loop would spin
         if self._when_writable and not self.raw.closed and int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
             waiting, self._when_writable = self._when_writable, []
             for callback in waiting:
                 callback()
 
     def _drain(self, on_message: OnMessage, told: int) -> None:
-        recv, events, budget = self.raw.recv, self.raw.getsockopt, DRAIN_BYTES
-        for count in range(self._at_once):
-            if self.raw.closed:  # also by what a message made its receiver do
+        recv, events, nbytes, messages, received = self.raw.recv, self.raw.getsockopt, 0, 0, 0
+        while messages < self._at_once and nbytes < DRAIN_BYTES:
+            if self.raw.closed:
                 return
-            if told <= count < ASK_FIRST and not int(events(_EVENTS)) & _POLLIN:
+            if told <= received < ASK_FIRST and not int(events(_EVENTS)) & _POLLIN:
                 return
             try:
                 frame = recv(_NOBLOCK, copy=False)
@@ -365,11 +378,14 @@ class ZmqSocket:
             while frame.more:
                 frame = recv(_NOBLOCK, copy=False)
                 parts.append(_body(frame))
+            together = _uncoupled(parts) if self._uncouples else (parts,)
             if not self._guarded or self._is_let_in(frame):
-                on_message(parts)
-            budget -= len(parts[-1])
-            if budget <= 0:
-                break
+                for message in together:
+                    if not self.raw.closed:  # by what an earlier one made its receiver do
+                        on_message(message)
+            received += 1
+            messages += max(1, len(together))
+            nbytes += len(parts[-1])
         self._pump_soon()
 
     def _is_let_in(self, frame: zmq.Frame) -> bool:
@@ -391,6 +407,20 @@ class ZmqSocket:
 def _body(frame: zmq.Frame) -> Buffer:
     # Small frames are slices of libzmq's read buffer: a view would keep all of it alive, at any alignment.
     return frame.bytes if len(frame) <= SMALL_FRAME else frame.buffer
+
+
+def _uncoupled(parts: list[Buffer]) -> list[list[Buffer]]:
+    """The messages of a train; else the one that came."""
+    body = parts[0]
+    if body[: len(_TRAIN)] != _TRAIN or len(body) > SMALL_FRAME or len(parts) > 1:
+        return [parts]
+    frames: list[list[Buffer]] = []
+    at = len(_TRAIN)
+    while at < len(body):
+        begin = at + _LENGTH
+        at = begin + int.from_bytes(body[at:begin], "little")
+        frames.append([body[begin:at]])
+    return frames
 
 
 def _numeric(address: str) -> str:

@@ -222,11 +222,11 @@ async def test_another_major_of_the_protocol_is_refused_and_both_are_named(
 
     def handle(request: Request) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(wire, "PROTOCOL", (2, 0))
+            patch.setattr(wire, "PROTOCOL", (3, 0))
             answer(plan)(request)
 
     async with head(handle, port) as address:
-        with pytest.raises(VersionError, match=r"127.0.0.1:\d+: .*protocol 2\.0 here, we speak 1\.1; install the same"):
+        with pytest.raises(VersionError, match=r"127.0.0.1:\d+: .*protocol 3\.0 here, we speak 2\.0; install the same"):
             await join(address, CPU1, said.append)
     assert VersionError.exit_code == 64
 
@@ -243,7 +243,7 @@ async def test_a_server_tells_a_client_of_another_major(port: int) -> None:
             await dealer.send(bytes(frame))
             async with asyncio.timeout(10):
                 told = wire.decode(await dealer.recv())
-    assert told.fields["error"].endswith("protocol 7.1 here, we speak 1.1")
+    assert told.fields["error"].endswith("protocol 7.0 here, we speak 2.0")
 
 
 @pytest.mark.parametrize("text", ["tcp://10.0.0.1:7077", "10.0.0.1:7077", "10.0.0.1", "tcp://10.0.0.1"])

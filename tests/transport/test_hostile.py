@@ -21,7 +21,7 @@ from ddrl_bus.transport.base import back_channel
 from ddrl_bus.transport.links import queue
 from ddrl_bus.transport.links.end import topic
 from ddrl_bus.transport.sessions.latest import CHUNK, NOTHING, Ask, digest
-from ddrl_bus.transport.wire import MAX_FRAME
+from ddrl_bus.transport.wire import MAX_FRAME, SMALL_FRAME
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 TARGETS = ["data", "credits", "weights", "requests"]
@@ -230,7 +230,7 @@ def corpus(rng: random.Random, n: int) -> Iterator[list[bytes]]:
             case 5:
                 yield [bytes(frame) + rng.randbytes(64)]
             case 6:
-                yield [b"DDRL\x01\x00\x00\x00" + rng.randbytes(200)]
+                yield [b"DDRL\x02\x00\x00\x00" + rng.randbytes(200)]
             case 7:  # a compressed arena that is not
                 frame[6] = 1
                 yield [bytes(frame)]
@@ -248,6 +248,24 @@ async def test_every_message_of_a_stranger_is_refused_or_answered(world: World, 
     await until(lambda: _accounted(world, target) == n)
     assert sum(world.refusals(target).values()) > n / 2
     assert world.refusals(target).keys() <= {*wire.REASONS, "parts", "unknown_sender", "running", "old", "fenced"}
+
+
+async def test_every_frame_of_a_train_is_refused_by_itself(world: World) -> None:
+    rng, stranger, refused = world.net.random, world.stranger("data", zmq.PUSH), 0
+    for i in range(300):
+        own = valid(seq=i + 1)
+        frames = [rng.choice([own, b"", own[: rng.randrange(len(own))], rng.randbytes(50)]) for _ in range(i % 20)]
+        length, cut = (
+            rng.randrange(1, 1 << 32),
+            rng.randbytes(rng.randrange(1, 40)),
+        )  # and what announces more than comes
+        train = b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
+        await _send(stranger, [b"DDRT" + train + max(length, 40).to_bytes(4, "little") + cut])
+        await _send(stranger, [(b"DDRT" + train).ljust(SMALL_FRAME + 1, b"\0")])  # longer than a train may be
+        refused += len(frames) + 2
+    await _send(stranger, [b"DDRT"])  # of nothing
+    await until(lambda: sum(world.refusals("data").values()) == refused)
+    await world.good()
 
 
 def _accounted(world: World, target: str) -> int:

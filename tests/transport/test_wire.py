@@ -33,7 +33,7 @@ DTYPE = st.sampled_from([DTYPES[name] for name in DTYPES] + [np.dtype(">f4"), np
 ARRAYS = st.dictionaries(NAMES, hnp.arrays(DTYPE, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4)))
 
 
-def frame_of(header: bytes, body: bytes = b"", *, major: int = 1, magic: bytes = b"DDRL", codec: int = 0) -> bytes:
+def frame_of(header: bytes, body: bytes = b"", *, major: int = 2, magic: bytes = b"DDRL", codec: int = 0) -> bytes:
     """A frame around any header bytes."""
     head = -(-(16 + len(header)) // ALIGN) * ALIGN
     prefix = struct.pack("<4sBBHII", magic, major, 0, codec, len(header), head)
@@ -284,7 +284,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "magic": (frame_of(header(), magic=b"DDRM"), "magic"),
     "pickle": (pickle.dumps({"x": 1}).ljust(64, b"."), "magic"),
     "http": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "magic"),
-    "other major": (frame_of(header(), major=2), "version"),
+    "other major": (frame_of(header(), major=3), "version"),
     "codec unknown": (frame_of(header(), codec=2), "codec"),
     "codec unknown high": (frame_of(header(), codec=256), "codec"),
     "block empty": (packed(4, b""), "codec"),
@@ -299,10 +299,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         frame_of(header(specs=[[str(i), "uint8", [1 << 26], i << 26] for i in range(5)]), bytes(2 << 20), codec=1),
         "codec",
     ),
-    "header length huge": (struct.pack("<4sBBHII", b"DDRL", 1, 0, 0, 2**32 - 1, 64).ljust(64), "oversized"),
-    "header past arena": (struct.pack("<4sBBHII", b"DDRL", 1, 0, 0, 60, 64).ljust(64), "truncated"),
-    "arena past frame": (struct.pack("<4sBBHII", b"DDRL", 1, 0, 0, 9, 128).ljust(64), "truncated"),
-    "arena unaligned": (struct.pack("<4sBBHII", b"DDRL", 1, 0, 0, 9, 63).ljust(64), "truncated"),
+    "header length huge": (struct.pack("<4sBBHII", b"DDRL", 2, 0, 0, 2**32 - 1, 64).ljust(64), "oversized"),
+    "header past arena": (struct.pack("<4sBBHII", b"DDRL", 2, 0, 0, 60, 64).ljust(64), "truncated"),
+    "arena past frame": (struct.pack("<4sBBHII", b"DDRL", 2, 0, 0, 9, 128).ljust(64), "truncated"),
+    "arena unaligned": (struct.pack("<4sBBHII", b"DDRL", 2, 0, 0, 9, 63).ljust(64), "truncated"),
     "header no msgpack": (frame_of(b"\xc1" * 20), "header"),
     "header empty": (frame_of(b""), "header"),
     "header a map": (frame_of(msgpack.packb({"kind": "k"})), "header"),
@@ -378,8 +378,8 @@ def test_a_frame_over_the_limit_is_refused_unread() -> None:
 
 
 def test_another_major_is_refused_naming_both_and_another_minor_is_taken() -> None:
-    with pytest.raises(WireError, match=r"protocol 2\.7 .* 1\.1"):
-        wire.decode(SAMPLE[:4] + bytes((2, 7)) + SAMPLE[6:])
+    with pytest.raises(WireError, match=r"protocol 3\.7 .* 2\.0"):
+        wire.decode(SAMPLE[:4] + bytes((3, 7)) + SAMPLE[6:])
     assert wire.decode(SAMPLE[:5] + b"\x63" + SAMPLE[6:]).kind == "unroll"
 
 

@@ -111,12 +111,12 @@ class Sender(End):
     def try_send(self, arena: Arena, fields: Mapping[str, Any]) -> bool:
         """Send now if a receiver has credit and the rate allows it; say whether it went out."""
         self._ensure_open()
-        lane = self._ready() if not self._redo else None
-        return lane is not None and self._send_on(lane, arena, fields)
-
-    def _ready(self) -> Lane[_Draft] | None:
-        """Where a message may go now. Where only the rate says no, whoever waits is woken as soon as it says yes."""
         now = self._loop.time()
+        lane = self._ready(now) if not self._redo else None
+        return lane is not None and self._send_on(lane, arena, fields, now)
+
+    def _ready(self, now: float) -> Lane[_Draft] | None:
+        """Where a message may go now. Where only the rate says no, whoever waits is woken as soon as it says yes."""
         lane = self._core.ready(now)
         if lane is None or (wait_s := self._bucket.wait_s(now)) <= 0:
             return lane
@@ -130,7 +130,7 @@ class Sender(End):
         self._send_again()
         self._signal.notify()
 
-    def _send_on(self, lane: Lane[_Draft], arena: Arena, fields: Mapping[str, Any]) -> bool:
+    def _send_on(self, lane: Lane[_Draft], arena: Arena, fields: Mapping[str, Any], now: float) -> bool:
         began = perf_counter_ns()
         compress = self._codec == "lz4" or (self._codec == "auto" and arena.compressible)
         frame = arena.encode(self._node, self._epoch, lane.sent + 1, fields, lane.epoch, compress=compress)
@@ -142,10 +142,10 @@ class Sender(End):
             produced.add(-1)
             socket.when_writable(self._signal.notify)
             return False
-        draft, now = _Draft(arena, fields, frame) if self._core.on_loss == "resend" else None, self._loop.time()
+        draft, nbytes = _Draft(arena, fields, frame) if self._core.on_loss == "resend" else None, len(frame)
         self._core.sent(lane, draft, now)
-        self._bucket.spend(len(frame), now)
-        self._bytes.add(len(frame))
+        self._bucket.spend(nbytes, now)
+        self._bytes.add(nbytes)
         self._raw_bytes.add(arena.raw_size)
         return True
 
@@ -175,8 +175,9 @@ class Sender(End):
 
     def _send_again(self) -> None:
         """What a dead life of a receiver had not settled."""
-        while self._redo and (lane := self._ready()) is not None:
-            if not self._send_on(lane, self._redo[0].arena, self._redo[0].fields):
+        now = self._loop.time()
+        while self._redo and (lane := self._ready(now)) is not None:
+            if not self._send_on(lane, self._redo[0].arena, self._redo[0].fields, now):
                 return
             self._redo.popleft()
 
@@ -333,7 +334,6 @@ class Receiver(End):
             self._rare(message.node, message.epoch, "duplicates").add()
         else:
             self._refuse(verdict)
-        self._credits_soon()
 
     def _accept(self, message: Message, began: int) -> None:
         books = self._lane_books(message.node, message.epoch)
@@ -342,6 +342,7 @@ class Receiver(End):
             self._rare(message.node, message.epoch, "refused").add()
             self._counter("refused", reason).add()
             self._core.freed(message.node, message.epoch)
+            self._credits_soon()
             return
         books.accepted.add()
         self._bytes.add(message.nbytes)

@@ -23,7 +23,8 @@ class TokenBucket:
 
     def wait_s(self, now: float) -> float:
         """Seconds until a message may leave; 0 is now."""
-        return max(0.0, self._paid_at - now)
+        wait_s = self._paid_at - now
+        return wait_s if wait_s > 0 else 0.0
 
     def spend(self, nbytes: int, now: float) -> None:
         """So many bytes leave now."""
