@@ -340,7 +340,10 @@ class ZmqSocket:
             self._uncork()
         if self._on_message is not None:
             self._drain(self._on_message, told)
-        if self._when_writable and not self.raw.closed and int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
+        if (self._on_message and not self._when_writable) or self.raw.closed:
+            return
+        # Also where nobody waits: the descriptor of a socket that is not asked for events stays readable.
+        if int(self.raw.getsockopt(_EVENTS)) & zmq.POLLOUT:
             waiting, self._when_writable = self._when_writable, []
             for callback in waiting:
                 callback()
