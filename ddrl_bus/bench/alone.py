@@ -1,6 +1,6 @@
 """A topology's training without its bus: what its communication is measured against.
 
-One process, one thread: actors act, a learner learns, in turn (`bench/control.py`).
+One process, one thread: actors act, a learner learns, in turn (`bench/control.py`, `bench/replay_control.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Final
 from ddrl_bus.algos import algorithm
 from ddrl_bus.bench.control import Training
 from ddrl_bus.bench.crew import Member, crew
+from ddrl_bus.bench.replay_control import ReplayTraining
 from ddrl_bus.envs import EnvConfig
 from ddrl_bus.launch.start import plan_of
 from ddrl_bus.topology.plan import Plan
@@ -21,13 +22,6 @@ from ddrl_bus.topology.plan import Plan
 WARM_UP: Final = 3
 """Updates: the first ones import and allocate."""
 _TURN_S: Final = 20.0
-
-
-def obstacle(plan: Plan) -> str | None:
-    """Why there is no such loop for this topology."""
-    if algorithm(plan.algo_name).windows(plan.algo) is not None:
-        return f"{plan.algo_name} learns from a replay, which the loop without a bus has not"
-    return None
 
 
 class Alone:
@@ -55,10 +49,12 @@ def alone(topology: str, overrides: Sequence[str]) -> Iterator[Alone]:
         member.end()
 
 
-def training(plan: Plan) -> Training:
-    """Columns of a batch come from as many actors as fill it; from one, where theirs do not divide it."""
+def training(plan: Plan) -> Training | ReplayTraining:
+    """Columns of a batch come from as many actors as fill it; from one, where theirs do not divide it, or replayed."""
     algo = algorithm(plan.algo_name)
     config: Any = plan.algo
+    if algo.windows(config) is not None:
+        return ReplayTraining(plan)
     options: Any = next(node.options for node in plan.nodes.values() if node.kind == "actor")
     envs = options.envs if config.batch % options.envs == 0 else config.batch
     return Training(EnvConfig(**plan.env.model_dump()), algo, config, envs=envs, seed=plan.seed)

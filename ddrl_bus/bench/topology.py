@@ -21,7 +21,7 @@ from typing import Any, Final
 import psutil
 
 from ddrl_bus.bench import history, limits
-from ddrl_bus.bench.alone import alone, obstacle
+from ddrl_bus.bench.alone import alone
 from ddrl_bus.bench.books import Books, Lives, lives
 from ddrl_bus.bench.report import BYTES, COUNT, PER_S, SHARE, US, About, Kind, Repeat, Row, row
 from ddrl_bus.errors import UsageError
@@ -48,7 +48,7 @@ and of its busy time. Waiting because the learner is the bottleneck (back-pressu
 stands apart, as does every other wait for a peer.
 
 In turn with each run the same training without a bus, for as long: one process and one thread, in which environments,
-policy and learner, those of the topology, take turns. Topologies that replay have no such loop yet.
+policy and learner (and a buffer, where there is a replay), those of the topology, take turns.
 
 What binds: how much of its capacity each thing used, from the nodes' busy time, the processor time of all processes,
 and the bytes of all links as if all of them left this machine. An actor that waited for nobody would play its share of
@@ -88,14 +88,11 @@ def measure(topology: str, overrides: Sequence[str] = (), seconds: float = 20.0,
     """
     overrides = [*FOR_EVER, *overrides]
     plan = plan_of(topology, overrides, probe=False, starts=False)
-    reason = obstacle(plan)
     runs, without = [], []
-    with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(alone(topology, overrides)) if reason is None else None
+    with alone(topology, overrides) as loop:
         for _ in range(repeats):
             runs.append(_run(topology, overrides, seconds))
-            if loop is not None:
-                without.append(loop.steps_per_s(seconds))
+            without.append(loop.steps_per_s(seconds))
     for group in runs[0].books.groups:
         yield _time_row(group, [run.books.time(group) for run in runs])
     links = [dict(run.books.links()) for run in runs]
@@ -103,15 +100,11 @@ def measure(topology: str, overrides: Sequence[str] = (), seconds: float = 20.0,
         yield row("a link", link, [found[link] for found in links], _LINK, main="on the wire")
     yield from limits.rows(plan, [(run.books, run.cpu_s) for run in runs])
     yield row("the run", plan.name, [run.whole for run in runs], _WHOLE)
-    section = "env steps, with and without a bus"
-    if loop is None:
-        yield Row(section, plan.name, note=f"no loop without a bus: {reason}")
-        return
     both = [
         {"over the bus": run.whole["env steps"], "without": steps} for run, steps in zip(runs, without, strict=True)
     ]
     ratios = {"ratio": ("over the bus", "without")}
-    yield row(section, plan.name, both, {"over the bus": PER_S, "without": PER_S}, ratios)
+    yield row("env steps, with and without a bus", plan.name, both, {"over the bus": PER_S, "without": PER_S}, ratios)
 
 
 def _time_row(group: str, repeats: Sequence[Repeat]) -> Row:

@@ -44,11 +44,18 @@ def test_a_real_run(here: None) -> None:
     assert ratio == over / without > 0
 
 
-def test_why_a_replay_has_no_loop_without_a_bus() -> None:
-    why = alone.obstacle(plan_of("apex", probe=False))
-    assert why is not None
-    assert "dqn learns from a replay" in why
-    assert alone.obstacle(plan_of("seed", probe=False)) is None
+@pytest.mark.parametrize("name", ["ddppo", "r2d2", "seed"])
+def test_the_loop_without_a_bus(name: str) -> None:
+    """Whoever the nodes are, and whether or not they replay."""
+    plan = plan_of(name, ["nodes.replay.min_size=200"] if name == "r2d2" else [], probe=False)
+    loop = alone.training(plan)
+    before = loop.learner.weights()
+    for _ in range(3):
+        loop.update()
+    loop.close()
+    assert loop.learner.updates == 3
+    assert loop.learner.env_steps > 0
+    assert any((before[name] != array).any() for name, array in loop.learner.weights().items())
 
 
 LANE = "actor-0@0000000100000001>learner-0@1"
