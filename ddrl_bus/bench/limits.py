@@ -27,7 +27,7 @@ _OFF_THE_PATH: Final = frozenset({"actor", "evaluator", "controller", "relay"})
 
 @dataclass(frozen=True)
 class Used:
-    """Percent of their capacity that a run used, by name."""
+    """Percent of their capacity that a run used, by name; nothing that it did not use."""
 
     actors: int
     actor_busy: float
@@ -35,7 +35,7 @@ class Used:
 
     def full_at(self, name: str) -> float:
         """How many actors would fill it."""
-        return self.actors * self.actor_busy / self.of[name] if self.of[name] else float("inf")
+        return self.actors * self.actor_busy / self.of[name]
 
 
 def used(plan: Plan, books: Books, cpu_s: float) -> Used:
@@ -46,28 +46,24 @@ def used(plan: Plan, books: Books, cpu_s: float) -> Used:
     found = {f"cores ({cores()})": 100 * cpu_s / books.seconds / cores()}
     for group in books.groups:
         if plan.groups[group].kind not in _OFF_THE_PATH:
-            time = books.time(group)
-            found[f"{group} ({largest(time)})"] = time["busy"]
-    codec = {group: books.codec(group) for group in books.groups}
-    slowest = max(codec, key=lambda group: codec[group])
-    found[f"codec ({slowest})"] = codec[slowest]
+            found[group] = books.time(group)["busy"]
+    found["codec"] = max(books.codec(group) for group in books.groups)
     mbit = _network_mbit()
     sent = sum(figures["on the wire"] for _, figures in books.links())
-    found[f"network of {mbit or ASSUMED_MBIT} Mb/s{'' if mbit else ', assumed'}"] = (
-        100 * sent * 8e3 / (mbit or ASSUMED_MBIT) / 1e6
-    )
-    return Used(actors, busy / actors, found)
+    network = f"network of {mbit} Mb/s" if mbit else f"network of {ASSUMED_MBIT} Mb/s, assumed"
+    found[network] = 100 * sent * 8e3 / (mbit or ASSUMED_MBIT) / 1e6
+    return Used(actors, busy / actors, {name: percent for name, percent in found.items() if percent})
 
 
 def rows(plan: Plan, runs: Sequence[tuple[Books, float]]) -> Iterator[Row]:
     """What binds now, next, and then; of several runs the figures of each."""
     of = [used(plan, *run) for run in runs]
-    names = sorted(of[0].of, key=lambda name: -of[0].of[name])
+    names = sorted(set(of[0].of).intersection(*(each.of for each in of)), key=lambda name: -of[0].of[name])
     playing = next(group for group in runs[0][0].groups if plan.groups[group].kind == "actor")
     actors = f"actors ({largest(runs[0][0].time(playing))})"
     yield row(SECTION, actors, [{"used": each.actor_busy} for each in of], {"used": SHARE})
     for name in names:
-        repeats = [{"used": each.of.get(name, 0.0), "full with actors": each.full_at(name)} for each in of]
+        repeats = [{"used": each.of[name], "full with actors": each.full_at(name)} for each in of]
         yield row(SECTION, name, repeats, {"used": SHARE, "full with actors": ACTORS}, main="used")
 
 

@@ -30,7 +30,7 @@ from ddrl_bus.metrics import COMMUNICATION, WAITS, WORK
 
 PATIENCE_S: Final = 120.0
 """For starting and for ending, against hangs only."""
-POLL_S: Final = 0.05
+POLL_S: Final = 0.1
 FOR_EVER: Final = ("stop.reward=null", "stop.steps=null", "stop.time=null")
 VERSIONS: Final = Kind("versions", digits=2)
 KB: Final = Kind("KB/s", "", 1)
@@ -96,7 +96,7 @@ def measure(topology: str, overrides: Sequence[str] = (), seconds: float = 20.0,
     for group in runs[0].books.groups:
         yield _time_row(group, [run.books.time(group) for run in runs])
     links = [dict(run.books.links()) for run in runs]
-    for link in links[0]:
+    for link in sorted(set(links[0]).intersection(*links)):
         yield row("a link", link, [found[link] for found in links], _LINK, main="on the wire")
     yield from limits.rows(plan, [(run.books, run.cpu_s) for run in runs])
     yield row("the run", plan.name, [run.whole for run in runs], _WHOLE)
@@ -146,7 +146,7 @@ def _run(topology: str, overrides: Sequence[str], seconds: float) -> Run:
             pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
             with subprocess.Popen(command, text=True, **pipes) as process:
                 try:
-                    before, after = _watched(process, folder, seconds)
+                    watched = _watched(process, folder, seconds)
                     said, _ = process.communicate(timeout=PATIENCE_S)
                 finally:
                     process.kill()
@@ -154,26 +154,30 @@ def _run(topology: str, overrides: Sequence[str], seconds: float) -> Run:
             if process.returncode or not said:
                 raise UsageError(f"ddrl {' '.join(words[:-3])}: {_last_words(errors.read())}")
         closing = json.loads(said)
-        if before is None or after is None or not closing["updates"]:
-            raise UsageError(f"{topology}: nothing was trained before it ended, or within {PATIENCE_S:g} s")
+        if watched is None:
+            why = f"it ended, or trained nothing within {PATIENCE_S:g} s"
+            raise UsageError(f"{topology}: {why}; leave stop.* as it is, and look with ddrl {' '.join(words[:-3])}")
+        before, after = watched
         books = Books(before.lives, after.lives, after.at - before.at)
         return Run(books, after.cpu_s - before.cpu_s, _whole(books, folder, closing))
 
 
-def _watched(process: subprocess.Popen[str], folder: Path, seconds: float) -> tuple[Moment | None, Moment | None]:
-    """The moments of its first update and of its end, which comes after so many seconds if not by itself."""
-    before, after, patience = None, None, time.perf_counter() + PATIENCE_S
-    while process.poll() is None:
-        now = Moment.of(folder, process.pid)
-        if before is None:
-            before = now if any(life.get("time/learn") for life in now.lives.values()) else None
-        else:
-            after = now
-        if now.at > (before.at + seconds if before else patience):
-            process.send_signal(signal.SIGINT)
-            break
+def _watched(process: subprocess.Popen[str], folder: Path, seconds: float) -> tuple[Moment, Moment] | None:
+    """The moments of its first update and of so many seconds later, when it is told to end; None if it ended before."""
+    patience = time.perf_counter() + PATIENCE_S
+    while not any(life.get("time/learn") for life in lives(folder).values()):
+        if process.poll() is not None or time.perf_counter() > patience:
+            return None
         time.sleep(POLL_S)
-    return before, after
+    before = Moment.of(folder, process.pid)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return before, Moment.of(folder, process.pid)
+    else:
+        return None
+    finally:
+        process.send_signal(signal.SIGINT)
 
 
 def _whole(books: Books, folder: Path, closing: Mapping[str, Any]) -> Repeat:
