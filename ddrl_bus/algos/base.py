@@ -131,6 +131,7 @@ class Algorithm(ABC, Generic[ConfigT]):
         self.generator = torch.Generator().manual_seed(seed)
         self.net: Any = self.network(config, spaces, self.generator).to(self.device)
         self._params = list(self.net.parameters())
+        self._weights: dict[str, torch.Tensor] = self.net.state_dict()  # those themselves, under their names
         self.optimizer = optim.make(
             config.optimizer,
             self._params,
@@ -321,13 +322,12 @@ class Algorithm(ABC, Generic[ConfigT]):
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """A float32 snapshot of the network under the names of its state_dict."""
-        return {k: v.detach().float().cpu().numpy().copy() for k, v in self.net.state_dict().items()}
+        return {name: tensor.float().cpu().numpy().copy() for name, tensor in self._weights.items()}
 
     def copy_weights(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Writes the weights to arrays of any float type, under the names of `weights`; of some of them or of all."""
-        state = self.net.state_dict()
         for name, array in arrays.items():
-            torch.from_numpy(array).copy_(state[name])  # numpy takes 20 times as long to make halves
+            torch.from_numpy(array).copy_(self._weights[name])  # numpy takes 20 times as long to make halves
 
     def digest(self) -> int:
         """CRC-32 of the parameters: replicas whose parameters differ have, but for a coincidence, others."""

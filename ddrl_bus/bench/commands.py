@@ -197,11 +197,20 @@ def codec(output: Output, repeats: int) -> int:
 
 @_benchmark(
     words_argument,
-    click.option("--seconds", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Of each run."),
+    click.option(
+        "--seconds",
+        type=click.FloatRange(min=1),
+        default=20.0,
+        show_default=True,
+        help="Of each run from its first update on, and of each loop without a bus.",
+    ),
     _repeats(1),
 )
 def topology(output: Output, words: Sequence[str], seconds: float, repeats: int) -> int:
-    """Where the time and the bytes of a run of TOPO go, node by node and link by link."""
+    """Where the time and the bytes of a run of TOPO go, and what it is bound by.
+
+    Node by node and link by link, in turn with the same training without a bus.
+    """
     from ddrl_bus.bench.output import measured
     from ddrl_bus.bench.topology import ABOUT, measure
 

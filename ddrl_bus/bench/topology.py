@@ -1,65 +1,68 @@
-"""Where the time and the bytes of a whole run go: `ddrl bench topology TOPO`.
+"""Where the time and the bytes of a whole run go, and what it is bound by: `ddrl bench topology TOPO`.
 
-Runs a topology for some seconds and reads what its nodes counted: their ledgers, which hold where each node's time went
-and every byte of every link, and the controller's metrics.
+Runs a topology for some seconds and reads what its nodes counted meanwhile, in turn with the same training without a
+bus.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ddrl_bus.bench import history
-from ddrl_bus.bench.report import BYTES, COUNT, PER_S, SHARE, About, Kind, Repeat, Row, row
+import psutil
+
+from ddrl_bus.bench import history, limits
+from ddrl_bus.bench.alone import alone
+from ddrl_bus.bench.books import Books, Lives, lives
+from ddrl_bus.bench.report import BYTES, COUNT, PER_S, SHARE, US, About, Kind, Repeat, Row, row
 from ddrl_bus.errors import UsageError
-from ddrl_bus.metrics import COMMUNICATION, WAITS, WORK, shares
-from ddrl_bus.transport import ledger
+from ddrl_bus.launch.start import plan_of
+from ddrl_bus.metrics import COMMUNICATION, WAITS, WORK
 
 PATIENCE_S: Final = 120.0
-"""Beyond the run's own time, against hangs only."""
-BACK_PRESSURE: Final = "send_wait"
+"""For starting and for ending, against hangs only."""
+POLL_S: Final = 0.1
+FOR_EVER: Final = ("stop.reward=null", "stop.steps=null", "stop.time=null")
 VERSIONS: Final = Kind("versions", digits=2)
 KB: Final = Kind("KB/s", "", 1)
 ABOUT: Final = About(
     bench="topology",
     title="Where the time and the bytes of a training run go",
-    method="""A real run of the topology, as `ddrl run` starts it, for the given time; a repeat is a run. Each node
-counts where its time goes, in nanoseconds, in a ledger that this reads. Start-up (loading libraries, making
-environments) is in none of the parts, waiting for the first weights is.
+    method="""A real run of the topology, as `ddrl run` starts it, for the given time from its first update on; a repeat
+is a run. Each node counts where its time goes, in nanoseconds, in a ledger that this reads at either end of that time.
 
 Communication overhead of a node: its time between having arrays and going on with its own work that the same loop
 in one program without a bus would not spend. That is allocating messages in wire layout (pack), header and handing
 over to ZeroMQ (send), decoding and loading weights (unpack), switching between event loop and thread and waiting
 for a core (handoff), and summing gradients over replicas (all_reduce); as a share of all its time, waits included,
 and of its busy time. Waiting because the learner is the bottleneck (back-pressure, send_wait) is no overhead, and
-stands apart, as does every other wait for a peer.""",
-    reading="""Of a group of nodes the mean. The shares of a row add up to 100. Staleness is by how many updates the
-learners were ahead of the weights that their newest rows were played with. Bytes on the wire are what senders handed to
-ZeroMQ, after the codec; before it is what they would have been without. A version of weights counts once, however many
-take it.""",
+stands apart, as does every other wait for a peer.
+
+In turn with each run the same training without a bus, for as long: one process and one thread, in which environments,
+policy and learner (and a buffer, where there is a replay), those of the topology, take turns.
+
+What binds: how much of its capacity each thing used, from the nodes' busy time, the processor time of all processes,
+and the bytes of all links as if all of them left this machine. An actor that waited for nobody would play its share of
+the env steps over its busy share; so many of them would fill the thing. Where a rule has actors wait for the learner
+(lock-step), that holds for none of them.""",
+    reading="""Of a group of nodes the mean. The shares of a row, busy aside, add up to 100. Of a link: microseconds a
+message for packing its header and handing it over (encode), for waiting for credit (send-wait), for lying unread at the
+receiver (queue-wait), and for unpacking and checking (decode); how long it was under way nobody counts. Staleness is by
+how many updates the learners were ahead of the weights that their newest rows were played with. Bytes on the wire are
+what senders handed to ZeroMQ, after the codec; before it is what they would have been without. A version of weights
+counts once, however many take it. What is used most binds now; what comes after it binds next, once there are so many
+actors, or once the first is made faster.""",
+    baseline="as fast as without a bus",
 )
-
-
-def measure(topology: str, overrides: Sequence[str] = (), seconds: float = 20.0, repeats: int = 1) -> Iterator[Row]:
-    """Rows of each group of nodes, of each link, and of the run.
-
-    Raises:
-        UsageError: the topology, or an override, is refused; or nothing was trained in that time.
-    """
-    runs = [_run(topology, overrides, seconds) for _ in range(repeats)]
-    for group in runs[0].groups:
-        yield _time_row(group, [run.times[group] for run in runs])
-    for link in runs[0].links:
-        yield row("bytes of a link", link, [run.links[link] for run in runs], _LINK, main="on the wire")
-    yield row("the run", topology, [run.whole for run in runs], _WHOLE)
-
-
 _WHOLE: Final = {
     "env steps": PER_S,
     "updates": PER_S,
@@ -68,88 +71,141 @@ _WHOLE: Final = {
     "lag max": VERSIONS,
     "lost": COUNT,
 }
-_LINK: Final = {"messages": Kind("/s", "", 1), "on the wire": KB, "before codec": KB, "a message": BYTES}
+_LINK: Final = {
+    "messages": Kind("/s", "", 1),
+    "on the wire": KB,
+    "before codec": KB,
+    "a message": BYTES,
+    **dict.fromkeys(("encode", "send-wait", "queue-wait", "decode"), US),
+}
+
+
+def measure(topology: str, overrides: Sequence[str] = (), seconds: float = 20.0, repeats: int = 1) -> Iterator[Row]:
+    """Rows of each group of nodes, of each link, of what binds, and of the run.
+
+    Raises:
+        UsageError: the topology, or an override, is refused; or nothing was trained in that time.
+    """
+    overrides = [*FOR_EVER, *overrides]
+    plan = plan_of(topology, overrides, probe=False, starts=False)
+    runs, without = [], []
+    with alone(topology, overrides) as loop:
+        for _ in range(repeats):
+            runs.append(_run(topology, overrides, seconds))
+            without.append(loop.steps_per_s(seconds))
+    for group in runs[0].books.groups:
+        yield _time_row(group, [run.books.time(group) for run in runs])
+    links = [dict(run.books.links()) for run in runs]
+    for link in sorted(set(links[0]).intersection(*links)):
+        yield row("a link", link, [found[link] for found in links], _LINK, main="on the wire")
+    yield from limits.rows(plan, [(run.books, run.cpu_s) for run in runs])
+    yield row("the run", plan.name, [run.whole for run in runs], _WHOLE)
+    both = [
+        {"over the bus": run.whole["env steps"], "without": steps} for run, steps in zip(runs, without, strict=True)
+    ]
+    ratios = {"ratio": ("over the bus", "without")}
+    yield row("env steps, with and without a bus", plan.name, both, {"over the bus": PER_S, "without": PER_S}, ratios)
 
 
 def _time_row(group: str, repeats: Sequence[Repeat]) -> Row:
     parts = [part for part in (*WORK, *COMMUNICATION, *WAITS) if any(repeat.get(part) for repeat in repeats)]
     whole = [{**dict.fromkeys(parts, 0.0), **repeat} for repeat in repeats]
-    kinds = {"overhead": SHARE, "overhead, busy": SHARE, "back-pressure": SHARE, **dict.fromkeys(parts, Kind("%", ""))}
+    derived = dict.fromkeys(("overhead", "overhead, busy", "back-pressure"), SHARE)
+    kinds = {**derived, "busy": Kind("%", ""), **dict.fromkeys(parts, Kind("%", ""))}
     return row("time of a node, %", group, whole, kinds, main="overhead")
 
 
+# ---- a run
+
+
+@dataclass(frozen=True)
 class Run:
-    """What one run left, read from its folder."""
-
-    def __init__(self, folder: Path, closing: Mapping[str, Any]) -> None:
-        self._lives = {page.stem: ledger.read(page) for page in sorted((folder / "ledger").glob("*.page"))}
-        self.groups = sorted({_group(life) for life, counters in self._lives.items() if shares(counters)})
-        self.times = {group: self._time(group) for group in self.groups}
-        seconds = max(0.001, closing["env_steps"] / closing["steps_per_s"])
-        self.links = dict(self._links(seconds))
-        lags = history.read(folder).lags
-        self.whole: Repeat = {
-            "env steps": closing["steps_per_s"],
-            "updates": closing["updates"] / seconds,
-            "lag mean": sum(lag.mean for lag in lags) / max(1, len(lags)),
-            "lag p95": sum(lag.p95 for lag in lags) / max(1, len(lags)),
-            "lag max": max((lag.max for lag in lags), default=0.0),
-            "lost": closing["ledger"]["lost"],
-        }
-
-    def _time(self, group: str) -> Repeat:
-        """Percent of all time, the mean over the group's nodes."""
-        splits = [
-            split for life, counters in self._lives.items() if _group(life) == group if (split := shares(counters))
-        ]
-        found: dict[str, float] = defaultdict(float)
-        for split in splits:
-            busy = 1 - sum(split.get(wait, 0.0) for wait in WAITS)
-            for part, share in split.items():
-                found[part] += 100 * share * (1 if part in WAITS else busy) / len(splits)
-            found["overhead, busy"] += 100 * split["overhead"] / len(splits)
-        return {"back-pressure": found.get(BACK_PRESSURE, 0.0), **found}
-
-    def _links(self, seconds: float) -> Iterator[tuple[str, Repeat]]:
-        total: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        for counters in self._lives.values():
-            for name, value in counters.items():
-                link, _, what = name.partition("/")
-                total[link][what.rpartition("/")[2] if ">" in what else what] += value
-        for link, counts in sorted(total.items()):
-            out = counts["bytes_out"] or counts["bytes_in"]
-            messages = counts["produced"] or counts["messages_out"] or counts["messages_in"]
-            if out and messages:
-                yield (
-                    link,
-                    {
-                        "messages": messages / seconds,
-                        "on the wire": out / seconds / 1e3,
-                        "before codec": (counts["bytes_raw_out"] or out) / seconds / 1e3,
-                        "a message": out / messages,
-                    },
-                )
+    books: Books
+    cpu_s: float
+    """That all its processes took meanwhile."""
+    whole: Repeat
 
 
-def _group(life: str) -> str:
-    """`actor-0@…` is of group `actor`."""
-    return history.group_of(life.partition("@")[0])
+@dataclass(frozen=True)
+class Moment:
+    at: float
+    lives: Lives
+    cpu_s: float
+
+    @classmethod
+    def of(cls, folder: Path, pid: int) -> Moment:
+        return cls(time.perf_counter(), lives(folder), _cpu_s(pid))
 
 
 def _run(topology: str, overrides: Sequence[str], seconds: float) -> Run:
-    stop = [f"stop.time={seconds:g}s", "stop.reward=null", "stop.steps=null"]
     with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as name:
         folder = Path(name) / "run"
-        words = ["run", topology, *stop, *overrides, "--run-dir", str(folder), "--json"]
+        words = ["run", topology, *overrides, "--run-dir", str(folder), "--json"]
         command = [sys.executable, "-m", "ddrl_bus.cli", *words]
-        ended = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds + PATIENCE_S, check=False
-        )
-        if ended.returncode or not ended.stdout:
-            errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
-            said = (errors or ended.stderr.splitlines() or ["it said nothing"])[-1]
-            raise UsageError(f"ddrl {' '.join(words[:-3])}: {said.removeprefix('error: ')}")
-        closing = json.loads(ended.stdout)
-        if not closing["steps_per_s"] or not closing["updates"]:
-            raise UsageError(f"{topology}: nothing was trained within {seconds:g} s; give it longer with --seconds")
-        return Run(folder, closing)
+        with (Path(name) / "errors").open("w+") as errors:
+            pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+            with subprocess.Popen(command, text=True, **pipes) as process:
+                try:
+                    watched = _watched(process, folder, seconds)
+                    said, _ = process.communicate(timeout=PATIENCE_S)
+                finally:
+                    process.kill()
+            errors.seek(0)
+            if process.returncode or not said:
+                raise UsageError(f"ddrl {' '.join(words[:-3])}: {_last_words(errors.read())}")
+        closing = json.loads(said)
+        if watched is None:
+            why = f"it ended, or trained nothing within {PATIENCE_S:g} s"
+            raise UsageError(f"{topology}: {why}; leave stop.* as it is, and look with ddrl {' '.join(words[:-3])}")
+        before, after = watched
+        books = Books(before.lives, after.lives, after.at - before.at)
+        return Run(books, after.cpu_s - before.cpu_s, _whole(books, folder, closing))
+
+
+def _watched(process: subprocess.Popen[str], folder: Path, seconds: float) -> tuple[Moment, Moment] | None:
+    """The moments of its first update and of so many seconds later, when it is told to end; None if it ended before."""
+    patience = time.perf_counter() + PATIENCE_S
+    while not any(life.get("time/learn") for life in lives(folder).values()):
+        if process.poll() is not None or time.perf_counter() > patience:
+            return None
+        time.sleep(POLL_S)
+    before = Moment.of(folder, process.pid)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return before, Moment.of(folder, process.pid)
+    else:
+        return None
+    finally:
+        process.send_signal(signal.SIGINT)
+
+
+def _whole(books: Books, folder: Path, closing: Mapping[str, Any]) -> Repeat:
+    lags = history.read(folder).lags
+    steps = books.count("env_steps")
+    return {
+        "env steps": steps / books.seconds,
+        "updates": closing["updates"] / max(1, closing["env_steps"]) * steps / books.seconds,
+        "lag mean": sum(lag.mean for lag in lags) / max(1, len(lags)),
+        "lag p95": sum(lag.p95 for lag in lags) / max(1, len(lags)),
+        "lag max": max((lag.max for lag in lags), default=0.0),
+        "lost": closing["ledger"]["lost"],
+    }
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor seconds of a process and of those that it started."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        whole = psutil.Process(pid)
+        for process in (whole, *whole.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total
+
+
+def _last_words(errors: str) -> str:
+    lines = errors.splitlines()
+    said = ([line for line in lines if line.startswith("error:")] or lines or ["it said nothing"])[-1]
+    return said.removeprefix("error: ")

@@ -159,18 +159,7 @@ class Node(ABC):
     @cached_property
     def schema(self) -> UnrollSchema:
         """The arrays of an unroll, the same at the actor that writes it and the learner or replay that checks it."""
-        spaces, config = self.spaces, self.plan.algo
-        windows = self.algorithm.windows(config) or Windows(config.unroll, 0, 0, 0)
-        return UnrollSchema(
-            (spaces.obs_dtype, spaces.obs_shape),
-            (spaces.action_dtype, spaces.action_shape),
-            self.algorithm.record(config, spaces),
-            windows.rows,
-            self.algorithm.carried(config, spaces),
-            windows.overlap,
-            windows.starts,
-            min(windows.rows, self.algorithm.least_rows(config)),
-        )
+        return unroll_schema(self.algorithm, self.plan.algo, self.spaces)
 
     @cached_property
     def windows(self) -> Windows:
@@ -402,6 +391,21 @@ class Node(ABC):
         await self.until(stop.wait(), self.draining)
         self.draining.set()
         self.enter("draining")
+
+
+def unroll_schema(algorithm: type[Algorithm[Any]], config: Any, spaces: Spaces) -> UnrollSchema:
+    """The arrays of an unroll that this algorithm learns from."""
+    windows = algorithm.windows(config) or Windows(config.unroll, 0, 0, 0)
+    return UnrollSchema(
+        (spaces.obs_dtype, spaces.obs_shape),
+        (spaces.action_dtype, spaces.action_shape),
+        algorithm.record(config, spaces),
+        windows.rows,
+        algorithm.carried(config, spaces),
+        windows.overlap,
+        windows.starts,
+        min(windows.rows, algorithm.least_rows(config)),
+    )
 
 
 def node_seeds(run: int, role: str, index: int, life: int = 1, stream: int = 0) -> np.random.SeedSequence:

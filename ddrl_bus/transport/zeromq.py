@@ -355,10 +355,8 @@ class ZmqSocket:
         if self._on_message is not None:
             self._drain(self._on_message, told)
         elif told and not self.raw.closed:
-            self.raw.getsockopt(
-                _EVENTS
-            )  # unasked, the descriptor stays readable until the next send: the loop would spin
-        if self._when_writable and not self.raw.closed and int(self.raw.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
+            self.raw.getsockopt(_EVENTS)  # unasked, the descriptor stays readable: the loop would spin
+        if self._when_writable and not self.raw.closed and int(self.raw.getsockopt(_EVENTS)) & zmq.POLLOUT:
             waiting, self._when_writable = self._when_writable, []
             for callback in waiting:
                 callback()

@@ -288,6 +288,20 @@ async def test_an_idle_link_costs_nothing(net: Net) -> None:
     assert time.process_time() - began < 0.1
 
 
+async def test_who_has_nothing_to_send_yet_sleeps(
+    backend: ZmqBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an actor that waits for its first weights: nobody sends, and nobody asks whether there is room."""
+    pumped: list[ZmqSocket] = []
+    pump = ZmqSocket._pump
+    monkeypatch.setattr(ZmqSocket, "_pump", lambda self, told=0: (pumped.append(self), pump(self, told)))
+    pair = Pair(backend, tmp_path, SocketKind.PULL, SocketKind.PUSH)
+    await asyncio.sleep(0.3)
+    assert 0 < pumped.count(pair.connected) < 20
+    assert pair.connected.send(b"x")
+    await until(lambda: pair.at_bound == [[b"x"]])
+
+
 # ── addresses ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 HOLDER = """
