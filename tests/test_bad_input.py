@@ -53,7 +53,9 @@ def test_an_environment_that_always_fails(tmp_path: Path, fault: str, words: str
         ended = run.ends(code=65)
         assert ended["reason"] == "failed"
         assert words in run.said
-        assert re.search(r"(actor-\d|evaluator-0) on \S+ failed with exit code 65", run.said)
+        assert "Traceback" in run.said
+        log = r"(actor-\d|evaluator-0) on \S+ failed with exit code 65; its log is \S+/logs/\1\.log\n"
+        assert re.search(log, run.said)
         assert not run.alive()
 
 
