@@ -268,6 +268,8 @@ def test_a_run_from_start_to_stop_and_on(capsys: pytest.CaptureFixture[str]) -> 
         assert "learner-0" in called(capsys, "status", "quickstart")[1]
         code, _, err = called(capsys, "run", "--resume", "quickstart")
         assert (code, "is being run already" in err) == (64, True)
+        code, _, err = called(capsys, "run", "quickstart", "--run-dir", str(run.folder))
+        assert (code, "holds run" in err) == (64, True)
         assert ddrl("stop").returncode == 0
         closing = run.ended()
 

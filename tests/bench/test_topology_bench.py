@@ -25,10 +25,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_real_run(here: None) -> None:
-    rows = {
-        row.name: row
-        for row in topology.measure("quickstart", ["nodes.evaluator.count=0", "stop.steps=400000"], seconds=100)
-    }
+    overrides = ["nodes.evaluator.count=0", "stop.steps=60000"]
+    rows = {row.name: row for row in topology.measure("quickstart", overrides, seconds=200)}
     assert {"actor", "learner", "trajectories", "weights", "quickstart"} <= rows.keys()
     for group in ("actor", "learner"):
         values = {name: figure.median for name, figure in rows[group].figures.items()}
