@@ -41,6 +41,7 @@ def test_an_environment_that_does_not_exist(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -59,6 +60,7 @@ def test_an_environment_that_always_fails(tmp_path: Path, fault: str, words: str
         assert not run.alive()
 
 
+@pytest.mark.slow
 def test_an_environment_that_fails_once_in_a_while(tmp_path: Path) -> None:
     """One actor's one fault: its environments are rebuilt, nobody restarts, no end of an episode is made up."""
     once = f"env.kwargs.once={tmp_path}/fell"
@@ -138,6 +140,7 @@ def bound_sockets(run: Run) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_garbage_at_every_bound_socket(tmp_path: Path, strangers: Strangers) -> None:
     with running(tmp_path / "run", *FOREVER) as run:
         run.until(lambda: run.trained() > 20, "training")
@@ -165,6 +168,7 @@ def test_garbage_at_every_bound_socket(tmp_path: Path, strangers: Strangers) -> 
         assert sum(n for name, n in controller.items() if name.startswith("progress/stray/")) > 100
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_no_zmq(tmp_path: Path) -> None:
     """Raw bytes at the ipc paths, connections that say nothing, and ones that come and go."""
     with running(tmp_path / "run", *FOREVER, *TINY) as run:

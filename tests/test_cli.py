@@ -252,6 +252,7 @@ def running(*arguments: str, name: str = "ddrl") -> Iterator[Run]:
         process.communicate(timeout=10)
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_stop_and_on(capsys: pytest.CaptureFixture[str]) -> None:
     """Train, lose an actor and the controller, look, stop, look again, go on, drain by Ctrl-C, evaluate."""
     with running("run", "--json", *SMALL, *FOREVER) as run:

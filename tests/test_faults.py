@@ -14,6 +14,8 @@ from ddrl_bus import checkpoint
 from ddrl_bus.launch.catalog import load_lock
 from ddrl_bus.transport import shared
 
+pytestmark = pytest.mark.slow
+
 UNTRAINED = 40.0
 """CartPole's mean return of untrained weights is below it."""
 

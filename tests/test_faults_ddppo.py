@@ -22,6 +22,8 @@ from ddrl_bus.launch.start import plan_of
 from ddrl_bus.nodes.base import node_class
 from ddrl_bus.transport.memory import MemoryHub
 
+pytestmark = pytest.mark.slow
+
 AMID = {
     "a rollout": ("actor", "time/env", "env_steps"),
     "an update": ("learner", "time/all_reduce", "time/learn"),
