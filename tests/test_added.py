@@ -41,6 +41,7 @@ def added(run: Run) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_two_join_one_is_killed_they_leave_and_others_end_with_the_run(tmp_path: Path) -> None:
     with running(tmp_path / "run", *FOREVER, "nodes.actor.count=1") as run:
         run.until(lambda: run.trained() > 5, "training")
@@ -76,6 +77,7 @@ def test_two_join_one_is_killed_they_leave_and_others_end_with_the_run(tmp_path:
         assert balance.lost <= 2  # of the one that was killed
 
 
+@pytest.mark.slow
 def test_they_do_not_outlive_a_head_that_is_gone(tmp_path: Path) -> None:
     with running(tmp_path / "run", *FOREVER, "nodes.actor.count=1") as run:
         run.until(lambda: run.trained() > 2, "training")

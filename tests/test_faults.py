@@ -14,6 +14,8 @@ from ddrl_bus import checkpoint
 from ddrl_bus.launch.catalog import load_lock
 from ddrl_bus.transport import shared
 
+pytestmark = pytest.mark.slow
+
 UNTRAINED = 40.0
 """CartPole's mean return of untrained weights is below it."""
 
@@ -72,7 +74,7 @@ LARGE = ("algo.hidden=[144, 144]", "links.weights.precision=float32")
 def test_a_killed_learner_goes_on_from_its_checkpoint(folder: Path) -> None:
     """Its weights are large enough to be shared: what the first life left in memory is of no use to anybody."""
     with running(folder, *FOREVER, *LARGE, "checkpoint.every=300ms") as run:
-        run.until(lambda: best_return(run) > 3 * UNTRAINED, "learning")
+        run.until(lambda: best_return(run) > 2 * UNTRAINED, "learning")
         run.kill("learner-0")
         saved = checkpoint.newest(folder / "checkpoints")
         assert saved is not None
@@ -86,7 +88,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(folder: Path) -> None:
         status = run.status()
         assert status is not None
         assert status["nodes"]["learner-0"]["gauges"]["updates"] >= saved.values["updates"] > 0
-        run.trains_on(200, "training after the restart")
+        run.trains_on(100, "training after the restart")
         seen = len(evaluations(run))
         run.until(lambda: len(evaluations(run)) > seen + 1, "evaluations of the second life")
         run.process.send_signal(signal.SIGTERM)
@@ -108,7 +110,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(folder: Path) -> None:
 
 
 def test_training_survives_the_controller(folder: Path) -> None:
-    with running(folder, "stop.reward=null", "stop.steps=400000") as run:
+    with running(folder, "stop.reward=null", "stop.steps=150000") as run:
         run.until(lambda: run.trained() > 20, "training")
         before = run.counters("actor-0")["env_steps"]
         run.kill("controller-0")
@@ -121,7 +123,7 @@ def test_training_survives_the_controller(folder: Path) -> None:
         assert ended["env_steps"] == steps > 2 * before
         saved = checkpoint.newest(folder / "checkpoints")
         assert saved is not None
-        assert 400_000 <= saved.step < 400_000 + rows(saved)
+        assert 150_000 <= saved.step < 150_000 + rows(saved)
         balance = run.books()
         assert_closed(balance)
         assert (balance.lost, balance.queued) == (0, 0)
@@ -140,7 +142,7 @@ def test_a_killed_supervisor_leaves_nobody_and_the_run_resumes(folder: Path) -> 
         saved = checkpoint.newest(folder / "checkpoints")
         assert saved is not None  # the learner drained, and saved what it had learnt
         trained = run.trained()
-    goal = saved.step + 100_000
+    goal = saved.step + 20_000
     with running(folder, "--resume", str(folder), f"stop.steps={goal}") as run:
         ended = run.ends()
         assert ended["reason"] == "steps"

@@ -13,6 +13,8 @@ from ddrl_bus import checkpoint
 from ddrl_bus.launch.start import evaluated
 from ddrl_bus.nodes import shards
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 30_000
 ROWS = 16 * 20
 """Environment steps of one gradient."""

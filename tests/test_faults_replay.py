@@ -14,6 +14,8 @@ from ddrl_bus import checkpoint
 from ddrl_bus.checkpoint import Checkpoint
 from ddrl_bus.transport import ledger
 
+pytestmark = pytest.mark.slow
+
 ITEMS = 16 * 8
 """Of an unroll."""
 FLOOD = ("nodes.replay.samples_per_insert=null", "nodes.replay.min_size=256", "links.trajectories.window=16")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from runs import ENVIRON, FOREVER, Run, assert_closed, command
 
+pytestmark = pytest.mark.slow
+
 SLOWER = 3
 """At least. Its steps take 60 ms in its environments alone; who had to wait for it would take no more steps than it."""
 GROUPS = (

@@ -36,14 +36,34 @@ class Bandit(gym.Env[np.ndarray, int]):
         return np.array([self._sign], np.float32)
 
 
+class Pays(gym.Env[np.ndarray, int]):
+    """1 a step, whatever is done; `lives`: steps after which the episode is over."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, lives: int = 0) -> None:
+        self._lives = lives
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._steps = 0
+        return np.ones(1, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self._steps += 1
+        return np.ones(1, np.float32), 1.0, self._steps == self._lives, False, {}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def registered() -> Iterator[None]:
     gym.register("Bandit-v0", entry_point=Bandit, max_episode_steps=3)
+    gym.register("Pays-v0", entry_point=Pays, max_episode_steps=3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    del gym.registry["Bandit-v0"]
+    del gym.registry["Bandit-v0"], gym.registry["Pays-v0"]
 
 
 BANDIT = EnvConfig("Bandit-v0")
@@ -105,6 +125,21 @@ def test_every_rule_of_fresh_unrolls_learns_a_bandit(rule: str) -> None:
     settings = cls.Config(unroll=5, batch=16, hidden=(8,), lr=0.01)
     result = run_control(BANDIT, cls, settings, envs=8, steps=20_000, seed=0, lag=1, target=3.0, evaluate_every=800)
     assert result.solved_at is not None
+
+
+def test_an_end_by_a_time_limit_is_no_death() -> None:
+    """From the environment through vectors and unrolls to V: 1/(1-γ) where episodes are only cut short."""
+
+    def value(**kwargs: int) -> float:
+        config = A2CConfig(unroll=5, batch=16, hidden=(), lr=0.05, gamma=0.8, reward_scale=1.0, anneal_steps=0)
+        training = Training(EnvConfig("Pays-v0", kwargs=kwargs), A2C, config, envs=16, seed=0)
+        for _ in range(150):
+            training.update()
+        training.close()
+        return float(training.learner.net(torch.ones(1, 1)).value.item())
+
+    assert value() == pytest.approx(5.0, abs=0.2)
+    assert value(lives=2) < 2.5
 
 
 def test_columns_are_in_the_order_of_the_actors_names() -> None:

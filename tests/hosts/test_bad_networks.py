@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from cables import ADDRESSES, MISSING, Cable, running
+from ports import free_ports
 from runs import FOREVER, Run, assert_closed
 
 from ddrl_bus.bench.cable import ip
@@ -29,18 +29,6 @@ TOPOLOGY = (
     *("nodes.actor.count=2", "nodes.actor.host=[gpu0, cpu1]", "nodes.actor.envs=8", "nodes.evaluator.count=0"),
 )
 """An actor on either host; the far one is actor-1."""
-
-
-def free_ports(n: int = 6) -> int:
-    """The first of so many free tcp ports in a row, outside the range that outgoing connections use."""
-    for first in range(20_000 + os.getpid() % 1_000 * 10, 32_000, n):
-        with ExitStack() as held, suppress(OSError):
-            for port in range(first, first + n):
-                held.enter_context(socket.create_server(("127.0.0.1", port)))
-            return first
-    raise AssertionError
-
-
 Keys = dict[str, Path]
 
 
@@ -237,7 +225,7 @@ def test_a_head_whose_name_is_known_late_and_that_moves(cable: Cable, names: Nam
 
 def test_connections_that_are_late_and_then_mute(tmp_path: Path) -> None:
     """200 ms each way; then a line that keeps its connections, takes new ones and carries nothing."""
-    port = free_ports()
+    port = free_ports(6)
     near, far = "127.0.0.1", "127.0.0.2"
     with (
         between(near, far, range(port, port + 6)) as do,

@@ -15,7 +15,7 @@ PLAYERS = [host for host in HOSTS if host != "gpu0"]
 HEAD = (
     *("run", "quickstart", *(f"hosts.{host}={address}" for host, address in HOSTS.items()), "insecure=true"),
     *("nodes.actor.count=6", f"nodes.actor.host=[{', '.join(PLAYERS)}]", "nodes.actor.envs=16", *SMALL),
-    "stop={reward: 100, steps: 400_000}",
+    "stop={reward: 75, steps: 400_000}",
 )
 
 pytestmark = [

@@ -31,13 +31,13 @@ def wait(path):
 """
 UNTIL_TERM = "signal.sigwait({signal.SIGTERM})"
 """Works until it is told to go."""
-ONLY_KILL = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(folder / 'deaf').touch()\ntime.sleep(60)"
+ONLY_KILL = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(folder / 'deaf').touch()\ntime.sleep(600)"
 BLOCK = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
     """Other processes tell us nothing: look until it `holds`."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(100):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -94,7 +94,7 @@ class Programs(Supervisor):
         return False  # none that could be asked
 
     async def run(self) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             await super().run()
         assert not self._processes
         for pids in self.folder.glob("*.pids"):
@@ -135,12 +135,12 @@ async def test_a_finished_controller_ends_the_run(tmp_path: Path) -> None:
 
 async def test_a_host_without_the_controller_ends_when_its_nodes_left(tmp_path: Path) -> None:
     everybody = ("learner-0", "controller-0", "actor-0", "evaluator-0")
-    supervisor = Programs(tmp_path, dict.fromkeys(everybody, ""), grace=20)
+    supervisor = Programs(tmp_path, dict.fromkeys(everybody, ""), grace=200)
     began = time.monotonic()
     await supervisor.run()
 
     assert supervisor.restarts == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100
 
 
 async def test_a_crashed_node_is_started_again(tmp_path: Path) -> None:
@@ -224,14 +224,14 @@ async def test_a_node_deaf_to_sigterm_is_killed(tmp_path: Path) -> None:
 
 
 async def test_the_first_signal_drains_and_a_second_one_kills(tmp_path: Path) -> None:
-    supervisor = Programs(tmp_path, {"actor-0": ONLY_KILL}, grace=20)
+    supervisor = Programs(tmp_path, {"actor-0": ONLY_KILL}, grace=200)
     running = asyncio.create_task(supervisor.run())
     await supervisor.until("deaf", "learner-0.pids")
     os.kill(os.getpid(), signal.SIGINT)
     await eventually(lambda: len(supervisor._processes) == 1)  # the others do as they are told
     assert not running.done()
     os.kill(os.getpid(), signal.SIGTERM)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         await running
 
     assert supervisor.failure is None
@@ -241,14 +241,14 @@ async def test_the_first_signal_drains_and_a_second_one_kills(tmp_path: Path) ->
 
 async def test_nothing_that_a_node_started_outlives_it(tmp_path: Path) -> None:
     """Nor does a child that holds the output open keep a dead node from being noticed."""
-    child = "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    child = "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     child += "(folder / 'children').write_text(str(child.pid))\nsys.exit(1)"
     supervisor = Programs(tmp_path, {"actor-0": child})
     began = time.monotonic()
     await supervisor.run()
 
     assert supervisor.failure is not None
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 100
     await eventually(lambda: is_gone(tmp_path / "children"))
 
 

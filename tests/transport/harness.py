@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping
 from itertools import count
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ports import free_ports
 
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Balance, Ledger, audit
@@ -25,10 +24,8 @@ from ddrl_bus.transport.wire import Arena, Codec, Layout, Message
 
 SMALL = Layout("unroll", {"v": ("int64", (4,))})
 LARGE = Layout("unroll", {"v": ("int64", (20_000,))})  # 160 KB: leaves the sender without a copy
-WAIT_S = 10.0
+WAIT_S = 30.0
 """Nothing here takes that long; whatever does has hung."""
-
-_ports = count(20_000 + os.getpid() % 60 * 200, 2)  # processes that test side by side have ports of their own
 
 
 def numbered(number: int, layout: Layout = SMALL) -> Arena:
@@ -73,19 +70,6 @@ async def turns(n: int) -> None:
     """Let everything that is ready run."""
     for _ in range(n):
         await asyncio.sleep(0)
-
-
-def free_ports() -> int:
-    """The first of two free tcp ports in a row, outside the range that outgoing connections use."""
-    for port in _ports:
-        with socket.socket() as a, socket.socket() as b:
-            try:
-                a.bind(("127.0.0.1", port))
-                b.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-    raise AssertionError
 
 
 class Net:

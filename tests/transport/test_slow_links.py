@@ -9,7 +9,8 @@ from time import monotonic
 
 import numpy as np
 import pytest
-from harness import Net, free_ports, number_of, numbered
+from harness import Net, number_of, numbered
+from ports import free_ports
 
 from ddrl_bus.bench.proxy import proxy
 from ddrl_bus.transport.sessions.latest import CHUNK

@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zmq
-from harness import SMALL, WAIT_S, Net, free_ports, numbered, send, take, turns, until
+from harness import SMALL, WAIT_S, Net, numbered, send, take, turns, until
+from ports import free_ports
 
 from ddrl_bus.errors import AddressInUseError, UnreachableError, UsageError
 from ddrl_bus.transport import wire, zeromq
 from ddrl_bus.transport.base import OnMessage, SocketKind
+from ddrl_bus.transport.shared import MEMORY, _owner
 from ddrl_bus.transport.wire import SMALL_FRAME, Buffer, Layout
 from ddrl_bus.transport.zeromq import (
     COPY_BELOW,
@@ -437,7 +439,7 @@ async def test_a_hundred_lives_leave_nothing_behind(net: Net) -> None:
             "fds": len(os.listdir("/proc/self/fd")),
             "threads": len(os.listdir("/proc/self/task")),
             "python threads": threading.active_count(),
-            "shm": [name for name in os.listdir("/dev/shm") if "zmq" in name or "ddrl" in name],
+            "shm": [name for name in os.listdir(MEMORY) if name.startswith(_owner(net.folder))],
             "folder": sorted(os.listdir(net.folder)),
             "tasks": len(asyncio.all_tasks()),
         }
