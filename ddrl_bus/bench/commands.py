@@ -177,6 +177,15 @@ def curve(output: Output, repeats: int) -> int:
     return measured(ABOUT, measure(repeats=repeats), output)
 
 
+@_benchmark(_repeats(5))
+def sharing(output: Output, repeats: int) -> int:
+    """From which size it pays to share weights on a host instead of sending them."""
+    from ddrl_bus.bench.output import measured
+    from ddrl_bus.bench.sharing import ABOUT, measure
+
+    return measured(ABOUT, measure(repeats=repeats), output)
+
+
 @_benchmark(_repeats(3))
 def replay(output: Output, repeats: int) -> int:
     """What a replay node costs over its buffer and the sockets under it."""

@@ -12,6 +12,7 @@ import numpy as np
 import zmq
 
 from ddrl_bus import __version__
+from ddrl_bus.launch import loop
 
 _CPU = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -34,6 +35,7 @@ def facts() -> dict[str, str]:
         "cores": str(cores()),
         "governor": _first_line(_CPU) or "unknown",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "event loop": loop.name(),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
 

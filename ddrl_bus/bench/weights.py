@@ -26,6 +26,7 @@ import zmq
 from ddrl_bus.bench.cable import ADDRESSES, MISSING, Cable, plugged_in
 from ddrl_bus.bench.report import BYTES, MS, About, Repeat, Row, row
 from ddrl_bus.errors import UsageError
+from ddrl_bus.launch import loop
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
@@ -54,11 +55,11 @@ ABOUT: Final = About(
     title="How soon many processes hold the newest weights",
     method="""On one host, turn by turn in one run: our link, whose subscribers read the value where it lies, and a
 bare PUB/SUB pair of pyzmq with one frame a value. Each subscriber looks at every page of the array, notes when, and
-says so a tenth of a second later; a round, which is a repeat, ends when all have. Between two hosts, which are network namespaces joined by a narrow
-cable: half-precision weights, whole and as differences, after optimiser steps that moved all rows of weights, or 45
-% of them.""",
-    reading="""Until all hold it: from publishing until the last has looked at the last page. Between hosts the ratios are of differences to
-whole values, first of the time and then of the bytes.""",
+says so a tenth of a second later; a round, which is a repeat, ends when all have. Between two hosts, which are network
+namespaces joined by a narrow cable: half-precision weights, whole and as differences, after optimiser steps that moved
+all rows of weights, or 45 % of them.""",
+    reading="""Until all hold it: from publishing until the last has looked at the last page. Between hosts the ratios
+are of differences to whole values, first of the time and then of the bytes.""",
     baseline="bare PUB/SUB, or whole values",
 )
 WHAT: Final = ("until all hold it", "processor time of the publisher", "processor time of all")
@@ -76,7 +77,7 @@ def measure(subscribers: int = 16, size: int = SIZE, rounds: int = 50) -> Iterat
         for way, side in sides.items():
             ends = [(side, (n, addresses[way], f"{addresses[way]}.acks")) for n in range(subscribers)]
             undo.enter_context(_running(ends))
-        timed = asyncio.run(_on_one_host(addresses, acks, subscribers, size, rounds))
+        timed = loop.run(_on_one_host(addresses, acks, subscribers, size, rounds))
     figures = {way: _figures(of[WARM_UP - 1 :]) for way, of in timed.items()}
     for n, what in enumerate(WHAT):
         found = [
@@ -182,7 +183,7 @@ def _subscribe(number: int, address: str, acks: str, namespace: str = "") -> Non
 
     _enter(namespace)
     keep_freed_memory()
-    asyncio.run(main())
+    loop.run(main())
 
 
 def _subscribe_bare(number: int, address: str, acks: str) -> None:
@@ -309,7 +310,7 @@ def _publish_far(
 
     _enter(namespace)
     keep_freed_memory()
-    result.send(asyncio.run(main()))
+    result.send(loop.run(main()))
     time.sleep(PATIENCE_S)  # until we are killed
 
 

@@ -15,12 +15,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from ddrl_bus.errors import DdrlError
-from ddrl_bus.launch import files, logs, malloc, run_dir
+from ddrl_bus.launch import files, logs, loop, malloc, run_dir
 from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
 
@@ -44,8 +44,7 @@ def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> in
         written = [stack.enter_context(logs.attached(folder, node, _logger(node, names))) for node in names]
         try:
             files.raise_limit(plan, names)
-            with asyncio.Runner(debug=False, loop_factory=_loop_factory()) as runner:
-                runner.run(_serve(plan, names, folder, supervised=parent is not None))
+            loop.run(_serve(plan, names, folder, supervised=parent is not None))
         except Exception as error:
             if not any(log.shown is error for log in written):
                 logging.getLogger(f"ddrl_bus.{names[0]}").critical("failed", exc_info=error)
@@ -87,7 +86,6 @@ def first(error: BaseException) -> BaseException:
 
 async def _serve(plan: Plan, names: Sequence[str], folder: Path, *, supervised: bool) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
 
     def signalled(number: int) -> None:
         if stop.is_set():
@@ -99,17 +97,8 @@ async def _serve(plan: Plan, names: Sequence[str], folder: Path, *, supervised: 
         signal.setitimer(signal.ITIMER_REAL, max(plan.grace, 0.001))
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, signalled, number)
+        asyncio.get_running_loop().add_signal_handler(number, signalled, number)
     await serve_all(plan, names, folder, stop, hub=MemoryHub())
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 def die_with(parent: int) -> None:
