@@ -220,9 +220,10 @@ def topology(output: Output, words: Sequence[str], seconds: float, repeats: int)
 
 @_benchmark(click.option("--quick", is_flag=True, help="Fewer messages and repeats."))
 def peers(output: Output, quick: bool) -> int:
-    """The same bytes through gRPC, Ray, multiprocessing and torch.distributed.
+    """The same bytes through gRPC, Ray, multiprocessing, torch.distributed and Redis.
 
-    Each in turn with ours. pip install 'ddrl-bus[peers]' brings gRPC and Ray; what is missing is said to be so.
+    Each in turn with ours. pip install 'ddrl-bus[peers]' brings gRPC, Ray and Redis' client, apt install redis-server
+    its server; what is missing is said to be so.
     """
     from ddrl_bus.bench.output import measured
     from ddrl_bus.bench.peers import ABOUT, measure
