@@ -177,6 +177,18 @@ def curve(output: Output, repeats: int) -> int:
     return measured(ABOUT, measure(repeats=repeats), output)
 
 
+@_benchmark()
+def copies(output: Output) -> int:
+    """How often each byte of a message is copied on its way, by our links and by bare pyzmq.
+
+    Counted by a small library that is compiled for it; it needs a C compiler.
+    """
+    from ddrl_bus.bench.copies import ABOUT, measure
+    from ddrl_bus.bench.output import measured
+
+    return measured(ABOUT, measure(), output)
+
+
 @_benchmark(_repeats(5))
 def sharing(output: Output, repeats: int) -> int:
     """From which size it pays to share weights on a host instead of sending them."""

@@ -154,7 +154,7 @@ sender that was held up came to send it (there is no coordinated omission). Unti
 until the answer is there. The rate is that of all peers together. With fewer than 1,000 messages in a repeat, p99.9
 is the slowest of them.
 
-Copies are not counted: nothing that can be asked counts those inside ZeroMQ and the kernel; their time is in CPU.""",
+How often each byte is copied on the way, `ddrl bench copies` counts; the time that takes is in CPU.""",
     reading="""Ratios are our links over bare sockets, taken within each repeat. Large messages should cost what
 ZeroMQ costs; for small ones the difference in microseconds says more than the ratio, for an unroll stands for
 hundreds of steps.""",
@@ -235,19 +235,24 @@ class Group:
 
     def flood(self, way: str) -> Repeat:
         """Microseconds and CPU a message, megabytes a second."""
-        payload, peers = self._setup.payload, self._setup.peers
+        payload, peers, order = self._setup.payload, self._setup.peers, self.flood_order
         together = 1 if payload.link == "latest" else peers
-        messages = max(1, payload.flood // together)
-        warm_up = max(3, messages // 10)
         cpu = self._cpu_s()
-        answers = self._carry_out([Order(messages, warm_up)] * (1 + peers))
+        answers = self._carry_out([order] * (1 + peers))
         cpu = self._cpu_s() - cpu
         seconds = max(answer.seconds for answer in answers)
         return {
-            way: seconds / (messages * together) * 1e6,
-            f"{way} rate": payload.nbytes * messages * peers / seconds / 1e6,
-            f"{way} CPU": cpu / ((messages + warm_up) * together) * 1e6,
+            way: seconds / (order.messages * together) * 1e6,
+            f"{way} rate": payload.nbytes * order.messages * peers / seconds / 1e6,
+            f"{way} CPU": cpu / (order.total * together) * 1e6,
         }
+
+    @property
+    def flood_order(self) -> Order:
+        """What each end is told to move as fast as may be."""
+        payload, peers = self._setup.payload, self._setup.peers
+        messages = max(1, payload.flood // (1 if payload.link == "latest" else peers))
+        return Order(messages, max(3, messages // 10))
 
     def paced(self, way: str, rate: float, seconds: float) -> Repeat:
         """Percentiles of the latency from the moment that each message was due, in microseconds."""
@@ -310,14 +315,21 @@ def free_address() -> str:
 @contextmanager
 def fresh_keys() -> Iterator[None]:
     """Keys of two hosts, where the processes that are started meanwhile find them."""
-    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
-        before = os.environ.get(keys.ENVIRONMENT)
-        os.environ[keys.ENVIRONMENT] = folder
-        try:
-            for peer in (link_ends.HUB_HOST, link_ends.SPOKE_HOST):
-                keys.new(peer.host)
-            yield
-        finally:
-            del os.environ[keys.ENVIRONMENT]
-            if before is not None:
-                os.environ[keys.ENVIRONMENT] = before
+    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder, patched({keys.ENVIRONMENT: folder}):
+        for peer in (link_ends.HUB_HOST, link_ends.SPOKE_HOST):
+            keys.new(peer.host)
+        yield
+
+
+@contextmanager
+def patched(variables: Mapping[str, str]) -> Iterator[None]:
+    """An environment in which these are set meanwhile."""
+    before = {name: os.environ.pop(name, None) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value

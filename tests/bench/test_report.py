@@ -164,10 +164,18 @@ def test_the_page_says_what_and_how(report: Report) -> None:
 
 
 def test_bars_are_as_long_as_their_figures() -> None:
-    svg = report_page.bars([trial(10), trial(20, name="b")], "bare")
+    svg = report_page.bars([trial(5), trial(20), trial(40)], "bare")
+    bars = [(float(x), float(width)) for x, width in re.findall(r'<rect x="([\d.]+)" [^>]*width="([\d.]+)"', svg)]
+    (half, left), (twice, right), (_, longest) = bars
+    assert (left, longest) == pytest.approx((right, 2 * right), rel=0.01)
+    assert half + left == pytest.approx(twice, abs=0.2)  # they begin at 1
+    assert re.findall(r'fill="(#\w+)"', svg) == ["#009E73", "#D55E00", "#D55E00"]  # better than bare, and worse
+
+
+def test_bars_that_are_no_ratios_begin_at_nothing() -> None:
+    svg = report_page.bars([row("s", str(us), [{"us": us}], {"us": US}) for us in (10.0, 20.0)], "")
     short, long = (float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', svg))
     assert long == pytest.approx(2 * short, rel=0.01)
-    assert re.findall(r'fill="(#\w+)"', svg) == ["#009E73", "#D55E00"]  # as good as bare, and worse
 
 
 def test_percentiles_go_from_left_to_right() -> None:
