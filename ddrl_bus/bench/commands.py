@@ -209,7 +209,7 @@ def replay(output: Output, repeats: int) -> int:
 
 @_benchmark(_repeats(5))
 def codec(output: Output, repeats: int) -> int:
-    """What compressing messages saves and costs, and where it pays."""
+    """What LZ4 and differences of weights save and cost, and where they pay."""
     from ddrl_bus.bench.codec import ABOUT, measure
     from ddrl_bus.bench.output import measured
 
