@@ -113,7 +113,11 @@ def _repeats(default: int) -> Any:
         "--payload", "payloads", multiple=True, metavar="WORDS", help="Only payloads whose name has these words."
     ),
     click.option(
-        "--transport", "transports", multiple=True, metavar="NAME", help="Only memory, ipc, tcp or tcp+CURVE."
+        "--transport",
+        "transports",
+        multiple=True,
+        metavar="NAME",
+        help="Only memory, ipc, ipc+shared, tcp or tcp+CURVE.",
     ),
     click.option(
         "--peers", metavar="N,...", callback=lambda *given: given[-1] and _numbers(*given), help="Default: 1,4,16."

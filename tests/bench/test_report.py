@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ddrl_bus.bench import report_page
+from ddrl_bus.bench.machine import versions_of
 from ddrl_bus.bench.output import STDOUT, WORSE, Output, measured
 from ddrl_bus.bench.report import MB_PER_S, NOISY, US, About, Figure, Report, Row, as_csv, as_text, row, settled
 from ddrl_bus.errors import UsageError
@@ -182,6 +184,13 @@ def test_percentiles_go_from_left_to_right() -> None:
     svg = report_page.percentiles([trial(10)], {"link": ("link", "link p99")})
     first, second = (float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)[:2])
     assert first < second
+
+
+def test_versions_of_libraries_and_programs() -> None:
+    found = versions_of(("click", "python3", "no-such-thing"))
+    assert found["click"] == metadata.version("click")
+    assert found["python3"].startswith("3.")
+    assert "no-such-thing" not in found
 
 
 # ── files, and earlier reports
