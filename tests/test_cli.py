@@ -99,7 +99,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["bench", "tcp://gpu0"], 64, "tcp://gpu0: expected tcp://HOST:PORT"),
         (["bench", "--serve", "tcp://*"], 64, "tcp://*: expected tcp://HOST:PORT"),
         (["bench", "--serve", "links"], 64, "links: expected tcp://HOST:PORT"),
-        (["bench", "links", "--transport", "udp"], 64, "--transport 'udp': expected one of memory, ipc, tcp"),
+        (["bench", "links", "--transport", "udp"], 64, "--transport 'udp': expected one of memory, ipc, ipc+shared"),
         (["bench", "links", "--fail-over", "much"], 64, "'much', expected a percentage, such as 10%"),
         (["bench", "links", "--compare", "none.json"], 64, "expected what `ddrl bench links --json none.json` wrote"),
         (["bench", "codec", "--html", "no/such/page.html"], 64, "no folder no/such"),

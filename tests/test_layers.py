@@ -66,7 +66,7 @@ LIBRARIES = {
     "envs": {"numpy", "gymnasium", "ale_py"},
     "nodes": {"numpy", "torch", "psutil"},
     "launch": {"rich", "uvloop"},
-    "bench": {"numpy", "torch", "zmq", "msgpack", "psutil", "matplotlib", "gymnasium", "grpc", "ray", "click"},
+    "bench": {"numpy", "torch", "zmq", "msgpack", "psutil", "matplotlib", "gymnasium", "grpc", "ray", "redis", "click"},
     "planning": {"numpy", "psutil"},
     "cli": {"click", "rich"},
 }

@@ -61,7 +61,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 def test_nothing_in_the_wheel_can_run_what_it_is_sent(wheel: zipfile.ZipFile) -> None:
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    assert {Path(name).suffix for name in names} <= {".py", ".yaml", ".typed"}  # and no .pth, .pkl, .pt, .so
+    assert {Path(name).suffix for name in names} <= {".py", ".yaml", ".typed", ".c"}  # and no .pth, .pkl, .pt, .so
     assert all(name.startswith("ddrl_bus/") for name in names)
     sources = {name: wheel.read(name).decode() for name in names}
     found = {name: list(unsafe(text)) for name, text in sources.items() if name.endswith(".py")}

@@ -26,7 +26,7 @@ import numpy as np
 from ddrl_bus.bench.report import COUNT, PER_S, SHARE, About, Kind, Row, S, row
 from ddrl_bus.envs import EnvConfig, VectorEnv
 from ddrl_bus.errors import DdrlError, UnreachableError
-from ddrl_bus.launch import closing, remote, run_dir
+from ddrl_bus.launch import closing, loop, remote, run_dir
 from ddrl_bus.launch.catalog import load_lock
 from ddrl_bus.launch.node import die_with
 from ddrl_bus.launch.start import plan_of
@@ -246,7 +246,7 @@ def _fork(plan: Plan, name: str, folder: Path) -> int:
     try:
         die_with(parent)
         epoch = run_dir.next_epoch(folder, name)
-        asyncio.run(Replayer(plan, name, folder, epoch).live(asyncio.Event()))
+        loop.run(Replayer(plan, name, folder, epoch).live(asyncio.Event()))
         code = 0
     except BaseException:
         traceback.print_exc()

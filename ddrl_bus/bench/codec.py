@@ -1,7 +1,7 @@
-"""What compressing messages saves and costs: `ddrl bench codec`.
+"""What the codecs of links save and cost: `ddrl bench codec`.
 
-One process packs and unpacks each payload as a link does, plain and with LZ4. Where a link carries fewer bytes a second
-than the *break-even*, compressing is the quicker way.
+One process packs and unpacks each payload as a link does: plain, with LZ4, and weights as their difference from those
+before (`codec: delta`). Where a link carries fewer bytes a second than the *break-even*, the codec is the quicker way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from ddrl_bus.bench.ends import PAYLOADS, Payload
 from ddrl_bus.bench.report import BYTES, GAIN, US, About, Figure, Kind, Repeat, Row, row, settled, us_a_call
 from ddrl_bus.launch.malloc import keep_freed_memory
-from ddrl_bus.transport import wire
+from ddrl_bus.transport import delta, wire
 from ddrl_bus.transport.wire import Array, Layout
 
 Fill = Callable[[np.random.Generator, Mapping[str, Array]], None]
@@ -52,23 +52,26 @@ CASES: Final[tuple[tuple[str, Payload, Fill], ...]] = (
     ("pixel unroll of noise, 567 KB", PAYLOADS["pixel unroll, 567 KB"], _noise),
     ("weights, 6.7 MB", PAYLOADS["weights, 6.7 MB"], _floats),
 )
+STEPS: Final = (("half-precision weights, all rows move", 1.0), ("half-precision weights, 45 % of rows move", 0.45))
 ABOUT: Final = About(
     bench="codec",
-    title="What compressing messages saves and costs",
-    method="""One process packs each payload and unpacks it again as a link does, its digest apart: as it lies in
-memory, and as one LZ4 block. The frames are made up: a still background with a few things that move, as in simple
-games, and noise, which is the worst there is.""",
-    reading="""Bytes of a whole message. The break-even is the bandwidth below which compressing is the quicker way:
+    title="What the codecs of links save and cost",
+    method="""One process packs each payload and unpacks it again as a link does, its digest apart: plain, as it lies
+in memory; lz4, as one LZ4 block; delta, half-precision weights as what is different from those before, compressed. The
+frames are made up: a still background with a few things that move, as in simple games, and noise, which is the worst
+there is. So are the optimiser's steps: all rows of weights, or 45 % of them, move by 2.5e-5 × N(0, 1), of weights that
+are 0.05 × N(0, 1).""",
+    reading="""Bytes of a whole message. The break-even is the bandwidth below which the codec is the quicker way:
 bytes saved over time spent; 0: nothing is saved. `codec: auto`, the default of a link, compresses what is mostly
 images and flags.""",
 )
 _KINDS: Final = {
     "plain": BYTES,
-    "LZ4": BYTES,
+    "coded": BYTES,
     "plain encode": US,
-    "LZ4 encode": US,
+    "encode": US,
     "plain decode": US,
-    "LZ4 decode": US,
+    "decode": US,
     "break-even": MB_S,
 }
 
@@ -80,26 +83,52 @@ def measure(repeats: int = 5, seconds: float = 0.1) -> Iterator[Row]:
         layout = Layout("bench", payload.specs)
         content = {each: np.zeros(shape, dtype) for each, (dtype, shape) in payload.specs.items()}
         fill(np.random.default_rng(0), content)
-        yield settled(partial(_once, layout, content, seconds), partial(_row, name), repeats)
+        yield settled(partial(_lz4, layout, content, seconds), partial(_row, "lz4", name), repeats)
+    for name, moved in STEPS:
+        base, value = _two_values(moved)
+        yield settled(partial(_delta, base, value, seconds), partial(_row, "delta", name), repeats)
 
 
-def _row(name: str, repeats: Sequence[Repeat]) -> Row:
-    made = row("a message", name, repeats, _KINDS)
-    smaller = Figure(GAIN, tuple(each["plain"] / each["LZ4"] for each in repeats))
+def _row(codec: str, name: str, repeats: Sequence[Repeat]) -> Row:
+    made = row(f"codec: {codec}", name, repeats, _KINDS)
+    smaller = Figure(GAIN, tuple(each["plain"] / each["coded"] for each in repeats))
     return Row(made.section, name, {**made.figures, "smaller": smaller}, "smaller")
 
 
-def _once(layout: Layout, content: Mapping[str, Array], seconds: float) -> Repeat:
+def _lz4(layout: Layout, content: Mapping[str, Array], seconds: float) -> Repeat:
     arena = layout.arena()
     for name, array in content.items():
         arena.arrays[name][...] = array
-    found: dict[str, float] = {}
-    for way, compress in (("plain", False), ("LZ4", True)):
-        encode = partial(arena.encode, "actor-0", 1, 1, {"version": 1}, compress=compress)
-        frame = encode()
-        found[way] = len(frame)
-        found[f"{way} encode"] = us_a_call(encode, seconds)
-        found[f"{way} decode"] = us_a_call(partial(wire.decode, frame), seconds)
-    spent = sum(found[f"LZ4 {what}"] - found[f"plain {what}"] for what in ("encode", "decode"))
-    saved = found["plain"] - found["LZ4"]
-    return found | {"break-even": saved / max(spent, 1e-3) if saved > 0 else 0.0}
+    ways = [partial(arena.encode, "actor-0", 1, 1, {"version": 1}, compress=compress) for compress in (False, True)]
+    (plain, plain_us), (coded, coded_us) = ((encode(), us_a_call(encode, seconds)) for encode in ways)
+    decode = [us_a_call(partial(wire.decode, frame), seconds) for frame in (plain, coded)]
+    return _costs(len(plain), len(coded), (plain_us, coded_us), (decode[0], decode[1]))
+
+
+def _two_values(moved: float) -> tuple[memoryview, memoryview]:
+    """Half-precision weights before and after a step that moved so much of their rows."""
+    rng = np.random.default_rng(0)
+    weights = 0.05 * rng.normal(size=(1_675, 1_000))
+    step = 2.5e-5 * rng.normal(size=weights.shape) * (rng.random((len(weights), 1)) < moved)
+    before, after = (
+        wire.encode("weights", "learner-0", 1, number, {"version": number}, {"weights": each.astype(np.float16)})
+        for number, each in ((1, weights), (2, weights + step))
+    )
+    return before, after
+
+
+def _delta(base: memoryview, value: memoryview, seconds: float) -> Repeat:
+    """Plain is what a subscriber gets without a base: the frame as it was published, and decoded."""
+    packed = delta.encode(base, value)
+    assert packed is not None
+    encode = us_a_call(partial(delta.encode, base, value), seconds)
+    plain = us_a_call(partial(wire.decode, value), seconds)
+    decode = us_a_call(lambda: wire.decode(delta.decode(base, packed)), seconds)
+    return _costs(len(value), len(packed), (0.0, encode), (plain, decode))
+
+
+def _costs(plain: int, coded: int, encode: tuple[float, float], decode: tuple[float, float]) -> Repeat:
+    """Bytes; microseconds plain and coded."""
+    spent = encode[1] - encode[0] + decode[1] - decode[0]
+    found = dict(zip(_KINDS, (plain, coded, *encode, *decode), strict=False))
+    return found | {"break-even": (plain - coded) / max(spent, 1e-3) if coded < plain else 0.0}

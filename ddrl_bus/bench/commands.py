@@ -113,7 +113,11 @@ def _repeats(default: int) -> Any:
         "--payload", "payloads", multiple=True, metavar="WORDS", help="Only payloads whose name has these words."
     ),
     click.option(
-        "--transport", "transports", multiple=True, metavar="NAME", help="Only memory, ipc, tcp or tcp+CURVE."
+        "--transport",
+        "transports",
+        multiple=True,
+        metavar="NAME",
+        help="Only memory, ipc, ipc+shared, tcp or tcp+CURVE.",
     ),
     click.option(
         "--peers", metavar="N,...", callback=lambda *given: given[-1] and _numbers(*given), help="Default: 1,4,16."
@@ -177,6 +181,27 @@ def curve(output: Output, repeats: int) -> int:
     return measured(ABOUT, measure(repeats=repeats), output)
 
 
+@_benchmark()
+def copies(output: Output) -> int:
+    """How often each byte of a message is copied on its way, by our links and by bare pyzmq.
+
+    Counted by a small library that is compiled for it; it needs a C compiler.
+    """
+    from ddrl_bus.bench.copies import ABOUT, measure
+    from ddrl_bus.bench.output import measured
+
+    return measured(ABOUT, measure(), output)
+
+
+@_benchmark(_repeats(5))
+def sharing(output: Output, repeats: int) -> int:
+    """From which size it pays to share weights on a host instead of sending them."""
+    from ddrl_bus.bench.output import measured
+    from ddrl_bus.bench.sharing import ABOUT, measure
+
+    return measured(ABOUT, measure(repeats=repeats), output)
+
+
 @_benchmark(_repeats(3))
 def replay(output: Output, repeats: int) -> int:
     """What a replay node costs over its buffer and the sockets under it."""
@@ -188,7 +213,7 @@ def replay(output: Output, repeats: int) -> int:
 
 @_benchmark(_repeats(5))
 def codec(output: Output, repeats: int) -> int:
-    """What compressing messages saves and costs, and where it pays."""
+    """What LZ4 and differences of weights save and cost, and where they pay."""
     from ddrl_bus.bench.codec import ABOUT, measure
     from ddrl_bus.bench.output import measured
 
@@ -220,9 +245,10 @@ def topology(output: Output, words: Sequence[str], seconds: float, repeats: int)
 
 @_benchmark(click.option("--quick", is_flag=True, help="Fewer messages and repeats."))
 def peers(output: Output, quick: bool) -> int:
-    """The same bytes through gRPC, Ray, multiprocessing and torch.distributed.
+    """The same bytes through gRPC, Ray, multiprocessing, torch.distributed and Redis.
 
-    Each in turn with ours. pip install 'ddrl-bus[peers]' brings gRPC and Ray; what is missing is said to be so.
+    Each in turn with ours. pip install 'ddrl-bus[peers]' brings gRPC, Ray and Redis' client, apt install redis-server
+    its server; what is missing is said to be so.
     """
     from ddrl_bus.bench.output import measured
     from ddrl_bus.bench.peers import ABOUT, measure

@@ -35,7 +35,7 @@ class Member:
     """One process of a crew, seen from outside."""
 
     def __init__(self, pid: int, pipe: Connection) -> None:
-        self._pipe = pipe
+        self.pid, self._pipe = pid, pipe
         self._cpu_clock = ~pid << 3 | _ALL_THREADS
 
     @property

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from ddrl_bus.transport.wire import Layout, Spec
 
 LinkKind = Literal["queue", "latest", "request"]
-Transport = Literal["memory", "ipc", "tcp", "tcp+CURVE"]
+Transport = Literal["memory", "ipc", "ipc+shared", "tcp", "tcp+CURVE"]
+SHARED: Final = "ipc+shared"
+"""Of weights: one copy in shared memory, which all processes of the host read; ipc says where it lies."""
 LINK: Final = "bench"
 HUB: Final = "learner-0"
 TIMEOUT_S: Final = 30.0

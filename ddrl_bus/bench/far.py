@@ -24,6 +24,7 @@ from ddrl_bus.bench.links import ABOUT as LINKS
 from ddrl_bus.bench.links import FLOOD, FLOOD_RATIOS, OURS, RAW, Cell, Ends, Group, Scope, flood_row, paced_row
 from ddrl_bus.bench.report import Row
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
+from ddrl_bus.launch import loop
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Client, Request
@@ -66,7 +67,7 @@ def serve(address: str = ANYWHERE) -> None:
         AddressInUseError: somebody holds it.
     """
     host, port = port_of(address)
-    asyncio.run(_serve(host, port))
+    loop.run(_serve(host, port))
 
 
 async def _serve(host: str, port: int) -> None:
@@ -101,7 +102,7 @@ def _obey(request: Request, running: ExitStack, members: dict[str, Member], host
             ends, offset = WAYS[fields["way"]]
             peers = _number(fields["peers"], MOST_PEERS)
             bound = Setup(PAYLOADS[fields["payload"]], "tcp", peers, f"tcp://{host}:{port + offset}", "")
-            members[fields["way"]].start(ends.hub, bound)
+            members[fields["way"]].start(ends.one, bound, None)
             members[fields["way"]].answer()
         case "carry_out":
             warm_up = _number(fields["warm_up"], MOST_MESSAGES, 0)
@@ -188,7 +189,7 @@ def measure(address: str, scope: Scope) -> Iterator[Row]:
 
 @contextmanager
 def _hubs(address: str) -> Iterator[dict[str, FarHub]]:
-    with asyncio.Runner() as runner:
+    with loop.runner() as runner:
 
         async def opened() -> tuple[Bus, Client]:
             bus = Bus(f"bench-{secrets.token_hex(4)}", 1, Ledger())  # nobody who has asked before

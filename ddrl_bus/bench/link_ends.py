@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
 from typing import Any, Final, Protocol
 
+import numpy as np
 import zmq
 
 from ddrl_bus import keys
-from ddrl_bus.bench.ends import HUB, LINK, TIMEOUT_S, Answer, Order, Setup, spoke
+from ddrl_bus.bench.ends import HUB, LINK, SHARED, TIMEOUT_S, Answer, Order, Setup, spoke
 from ddrl_bus.bench.raw_socket import RawSocket
 from ddrl_bus.bench.schedule import Schedule
+from ddrl_bus.launch import loop
+from ddrl_bus.transport import shared
 from ddrl_bus.transport.base import back_channel
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.memory import MemoryHub
 from ddrl_bus.transport.security import Access, Guard, Peer
-from ddrl_bus.transport.wire import Layout
+from ddrl_bus.transport.wire import Layout, Message
 
 HUB_HOST: Final = Peer("gpu0", "learner")
 SPOKE_HOST: Final = Peer("cpu1", "actor")
@@ -72,26 +76,22 @@ class Queued:
 # ── what a process is started with
 
 
-def hub_end(pipe: Connection, setup: Setup) -> None:
-    asyncio.run(_hub(Piped(pipe), setup))
+def one_end(pipe: Connection, setup: Setup, index: int | None) -> None:
+    """The hub, or the spoke of that index."""
+    loop.run(_carry_out(Piped(pipe), setup, index))
 
 
-def spoke_end(pipe: Connection, setup: Setup, index: int) -> None:
-    asyncio.run(_spoke(Piped(pipe), setup, index))
-
-
-def memory_end(pipe: Connection, setup: Setup) -> None:
+def all_ends(pipe: Connection, setup: Setup) -> None:
     """Hub and spokes in this one process; an order is for all of them."""
-    asyncio.run(_together(pipe, setup))
+    loop.run(_together(pipe, setup))
 
 
 async def _together(pipe: Connection, setup: Setup) -> None:
     pipe.send(None)
     outside, memory, members = Piped(pipe), MemoryHub(), [Queued() for _ in range(setup.peers + 1)]
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_hub(members[0], setup, memory))
-        for index in range(setup.peers):
-            tasks.create_task(_spoke(members[1 + index], setup, index, memory))
+        for index, member in zip((None, *range(setup.peers)), members, strict=True):
+            tasks.create_task(_carry_out(member, setup, index, memory))
         running = True
         while running:
             orders: tuple[Order, ...] | None = await outside.next()  # type: ignore[assignment]
@@ -105,30 +105,11 @@ async def _together(pipe: Connection, setup: Setup) -> None:
 # ── ends
 
 
-async def _hub(orders: Orders, setup: Setup, memory: MemoryHub | None = None) -> None:
-    bus = Bus(HUB, 1, Ledger(), memory, _hub_guard(setup))
+async def _carry_out(orders: Orders, setup: Setup, index: int | None, memory: MemoryHub | None = None) -> None:
+    bus = Bus(HUB if index is None else spoke(index), 1, Ledger(), memory, _guard(setup, index))
+    ends = {"queue": (_receive, _send), "latest": (_publish, _subscribe), "request": (_serve, _ask)}
     try:
-        match setup.payload.link:
-            case "queue":
-                await _receive(bus, orders, setup)
-            case "latest":
-                await _publish(bus, orders, setup)
-            case "request":
-                await _serve(bus, orders, setup)
-    finally:
-        bus.close()
-
-
-async def _spoke(orders: Orders, setup: Setup, index: int, memory: MemoryHub | None = None) -> None:
-    bus = Bus(spoke(index), 1, Ledger(), memory, _spoke_guard(setup, index))
-    try:
-        match setup.payload.link:
-            case "queue":
-                await _send(bus, orders, setup)
-            case "latest":
-                await _subscribe(bus, orders, setup)
-            case "request":
-                await _ask(bus, orders, setup)
+        await ends[setup.payload.link][index is not None](bus, orders, setup)
     finally:
         bus.close()
 
@@ -146,8 +127,8 @@ async def _moments(order: Order) -> AsyncIterator[int]:
         for _ in range(order.total):
             yield 0
         return
-    schedule, come, loop = Schedule(order.rate, order.total, order.phase), asyncio.Event(), asyncio.get_running_loop()
-    loop.add_reader(schedule.fileno(), come.set)
+    schedule, come = Schedule(order.rate, order.total, order.phase), asyncio.Event()
+    asyncio.get_running_loop().add_reader(schedule.fileno(), come.set)
     try:
         while not schedule.over:
             await come.wait()
@@ -155,7 +136,7 @@ async def _moments(order: Order) -> AsyncIterator[int]:
             for due in schedule.due():
                 yield due
     finally:
-        loop.remove_reader(schedule.fileno())
+        asyncio.get_running_loop().remove_reader(schedule.fileno())
         schedule.close()
 
 
@@ -189,7 +170,9 @@ async def _send(bus: Bus, orders: Orders, setup: Setup) -> None:
 
 
 async def _publish(bus: Bus, orders: Orders, setup: Setup) -> None:
-    publisher, layout = bus.publisher(LINK, [setup.address]), Layout("bench", setup.payload.specs)
+    share_from = 0 if setup.transport == SHARED else sys.maxsize
+    publisher = bus.publisher(LINK, [setup.address], share_from=share_from)
+    layout = Layout("bench", setup.payload.specs)
     held, version = asyncio.Queue[None](), 0
     acks = RawSocket(zmq.PULL, lambda _parts: held.put_nowait(None))
     acks.socket.bind(setup.acks)
@@ -211,18 +194,24 @@ async def _publish(bus: Bus, orders: Orders, setup: Setup) -> None:
 async def _subscribe(bus: Bus, orders: Orders, setup: Setup) -> None:
     """A value that is superseded before it is taken is not waited for: the last one ends the order."""
     subscriber, held = bus.subscriber(LINK, setup.address), 0
+    own = {name: np.empty(shape, dtype) for name, (dtype, shape) in setup.payload.specs.items()}
+
+    def load(message: Message) -> None:
+        for name, array in own.items():
+            np.copyto(array, message.arrays[name])
+
     acks = RawSocket(zmq.PUSH, lambda _parts: None)
     acks.socket.connect(setup.acks)
     try:
         async for order in _all(orders):
             last, latencies = held + order.total, []
             while held < last:
-                message = await asyncio.wait_for(subscriber.next(), TIMEOUT_S)
-                held = message.seq
-                if order.rate:
-                    latencies.append(_late(message.fields["due"]))
-                else:
+                loaded = shared.read(await asyncio.wait_for(subscriber.next(), TIMEOUT_S), load)
+                if not order.rate:
                     acks.send(b"")
+                elif loaded.seq > held:
+                    latencies.append(_late(loaded.fields["due"]))
+                held = loaded.seq
             orders.answer(Answer(latencies=latencies))
     finally:
         acks.close()
@@ -269,20 +258,13 @@ def _noting(latencies: list[float], due: int) -> Callable[[object], None]:
 # ── keys
 
 
-def _hub_guard(setup: Setup) -> Guard | None:
+def _guard(setup: Setup, index: int | None) -> Guard | None:
     if setup.transport != "tcp+CURVE":
         return None
-    guests = {LINK: {spoke(index): SPOKE_HOST for index in range(setup.peers)}}
-    access = Access(binds=frozenset((setup.address, back_channel(setup.address))), guests=guests)
-    return _guard(HUB, HUB_HOST, access)
-
-
-def _spoke_guard(setup: Setup, index: int) -> Guard | None:
-    if setup.transport != "tcp+CURVE":
-        return None
-    access = Access(servers=dict.fromkeys((setup.address, back_channel(setup.address)), HUB_HOST))
-    return _guard(spoke(index), SPOKE_HOST, access)
-
-
-def _guard(node: str, peer: Peer, access: Access) -> Guard:
-    return Guard(node, access, keys.own(peer.host), keys.AllowList(), Ledger())
+    addresses = setup.address, back_channel(setup.address)
+    if index is None:
+        guests = {LINK: {spoke(each): SPOKE_HOST for each in range(setup.peers)}}
+        node, own, access = HUB, HUB_HOST, Access(binds=frozenset(addresses), guests=guests)
+    else:
+        node, own, access = spoke(index), SPOKE_HOST, Access(servers=dict.fromkeys(addresses, HUB_HOST))
+    return Guard(node, access, keys.own(own.host), keys.AllowList(), Ledger())

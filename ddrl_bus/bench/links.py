@@ -22,9 +22,10 @@ import zmq
 from ddrl_bus import keys
 from ddrl_bus.bench import link_ends, raw_ends
 from ddrl_bus.bench.crew import End, Member, crew
-from ddrl_bus.bench.ends import PAYLOADS, Answer, Order, Payload, Setup, Transport
+from ddrl_bus.bench.ends import PAYLOADS, SHARED, Answer, Order, Payload, Setup, Transport
 from ddrl_bus.bench.report import MB_PER_S, US, About, Kind, Repeat, Row, row, settled
 from ddrl_bus.errors import UsageError
+from ddrl_bus.transport import shared
 
 TRANSPORTS: Final[tuple[Transport, ...]] = get_args(Transport)
 PEERS: Final = (1, 4, 16)
@@ -33,13 +34,14 @@ PEERS: Final = (1, 4, 16)
 class Ends(NamedTuple):
     """What processes are started with."""
 
-    hub: End
-    spoke: End
-    memory: End
+    one: End
+    """With None it is the hub, with an index that spoke."""
+    all: End
+    """Of a cell over memory."""
 
 
-OURS: Final = Ends(link_ends.hub_end, link_ends.spoke_end, link_ends.memory_end)
-RAW: Final = Ends(raw_ends.hub_end, raw_ends.spoke_end, raw_ends.memory_end)
+OURS: Final = Ends(link_ends.one_end, link_ends.all_ends)
+RAW: Final = Ends(raw_ends.one_end, raw_ends.all_ends)
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,18 @@ class Scope:
             for payload in payloads
             for transport in self.transports
             for peers in self.peers
+            if transport != SHARED or (payload.link == "latest" and shared.SHARES)
         ]
 
 
 QUICK: Final = Scope(
-    ("small unroll, 320 B", "pixel unroll, 567 KB", "request, 64 B"), ("ipc", "tcp"), (1,), 3, 0.4, 0.3, 1
+    ("small unroll, 320 B", "pixel unroll, 567 KB", "weights, 6.7 MB", "request, 64 B"),
+    ("ipc", SHARED, "tcp"),
+    (1,),
+    repeats=3,
+    seconds=0.4,
+    part=0.3,
+    rates=1,
 )
 
 
@@ -106,13 +115,16 @@ def scope_of(
     if missing := [words for words in payloads if not any(words in name for name in PAYLOADS)]:
         raise UsageError(f"--payload {missing[0]!r}: expected words of one of: {'; '.join(PAYLOADS)}")
     chosen = cast("tuple[Transport, ...]", transports)
-    return replace(
+    scope = replace(
         scope,
         payloads=named or scope.payloads,
         transports=chosen or scope.transports,
         peers=peers or scope.peers,
         repeats=repeats or scope.repeats,
     )
+    if not scope.cells():
+        raise UsageError(f"--transport {SHARED}: only weights are shared, and only on x86; nothing is left to measure")
+    return scope
 
 
 PERCENTILES: Final = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9}
@@ -123,21 +135,26 @@ ABOUT: Final = About(
 from many actors to one learner (queue); weights, from one learner to many actors (latest); and questions with
 answers (request). Each is measured twice in turn: through the links of ddrl_bus, which number messages, hand out
 credit, check what arrives and keep books, and through bare blocking sockets of pyzmq (PUSH/PULL, PUB/SUB,
-DEALER/ROUTER), which move as many opaque bytes and promise nothing. A peer is a process; over memory:// all of them
-share one event loop, and one thread takes turns on the bare side. Nothing is compressed. Repeats alternate between
-the two ways, whose processes stay connected; each phase has its warm-up.
+DEALER/ROUTER), which move as many opaque bytes and promise nothing. A peer is a process. Nothing is compressed.
+Repeats alternate between the two ways, whose processes stay connected; each phase has its warm-up.
 
-As fast as may be: microseconds a message as its receiver sees it, with a bounded window of messages under way. Of
-weights it is the time until all peers have said that they hold a version; of requests the time of all trips over
-their number, each peer asking one question at a time. CPU is processor time of all processes together, their I/O
-threads included, a message (of weights: a version), as the kernel accounts it.
+Transports: over memory all ends share one event loop, and one thread takes turns on the bare side; ipc is a unix
+socket; tcp is the loopback device; tcp+CURVE encrypts, ours with keys that are checked at each message. On ipc+shared
+weights lie in memory that all processes of the host read, which is what links over ipc do with values of 64 KiB and
+more, and bare sockets send them as on ipc; rows of weights on ipc are of values that are sent.
+
+As fast as may be: microseconds a message as its receiver sees it. A sender has at most 64 small unrolls or 16 of
+pixels unread at the receiver, by our credit or the bare sockets' high-water marks (which leave out what the kernel
+holds). Of weights it is the time until all peers have said that they hold a version, copied to memory of their own;
+of requests the time of all trips over their number, each peer asking one question at a time. CPU is processor time of
+all processes together, their I/O threads included, a message (of weights: a version), as the kernel accounts it.
 
 At a fixed rate: when a message is sent was set in advance, and its latency counts from that moment, not from when a
 sender that was held up came to send it (there is no coordinated omission). Until the receiver has it; of requests
 until the answer is there. The rate is that of all peers together. With fewer than 1,000 messages in a repeat, p99.9
 is the slowest of them.
 
-Copies are not counted: nothing that can be asked counts those inside ZeroMQ and the kernel; their time is in CPU.""",
+How often each byte is copied on the way, `ddrl bench copies` counts; the time that takes is in CPU.""",
     reading="""Ratios are our links over bare sockets, taken within each repeat. Large messages should cost what
 ZeroMQ costs; for small ones the difference in microseconds says more than the ratio, for an unroll stands for
 hundreds of steps.""",
@@ -204,10 +221,11 @@ class Group:
         self._members = members[:1] if setup.transport == "memory" else members[: 1 + setup.peers]
 
     def start(self) -> None:
-        hub = self._ends.memory if self._setup.transport == "memory" else self._ends.hub
-        self._members[0].start(hub, self._setup)
-        for index, member in enumerate(self._members[1:]):
-            member.start(self._ends.spoke, self._setup, index)
+        if self._setup.transport == "memory":
+            self._members[0].start(self._ends.all, self._setup)
+        else:
+            for index, member in zip((None, *range(self._setup.peers)), self._members, strict=True):
+                member.start(self._ends.one, self._setup, index)
         for member in self._members:
             member.answer()
 
@@ -217,19 +235,24 @@ class Group:
 
     def flood(self, way: str) -> Repeat:
         """Microseconds and CPU a message, megabytes a second."""
-        payload, peers = self._setup.payload, self._setup.peers
+        payload, peers, order = self._setup.payload, self._setup.peers, self.flood_order
         together = 1 if payload.link == "latest" else peers
-        messages = max(1, payload.flood // together)
-        warm_up = max(3, messages // 10)
         cpu = self._cpu_s()
-        answers = self._carry_out([Order(messages, warm_up)] * (1 + peers))
+        answers = self._carry_out([order] * (1 + peers))
         cpu = self._cpu_s() - cpu
         seconds = max(answer.seconds for answer in answers)
         return {
-            way: seconds / (messages * together) * 1e6,
-            f"{way} rate": payload.nbytes * messages * peers / seconds / 1e6,
-            f"{way} CPU": cpu / ((messages + warm_up) * together) * 1e6,
+            way: seconds / (order.messages * together) * 1e6,
+            f"{way} rate": payload.nbytes * order.messages * peers / seconds / 1e6,
+            f"{way} CPU": cpu / (order.total * together) * 1e6,
         }
+
+    @property
+    def flood_order(self) -> Order:
+        """What each end is told to move as fast as may be."""
+        payload, peers = self._setup.payload, self._setup.peers
+        messages = max(1, payload.flood // (1 if payload.link == "latest" else peers))
+        return Order(messages, max(3, messages // 10))
 
     def paced(self, way: str, rate: float, seconds: float) -> Repeat:
         """Percentiles of the latency from the moment that each message was due, in microseconds."""
@@ -272,7 +295,8 @@ def together(
 
 
 def _setup(cell: Cell, path: str) -> Setup:
-    address = {"memory": "memory://bench", "ipc": f"ipc://{path}"}.get(cell.transport) or free_address()
+    near = {"memory": "memory://bench", "ipc": f"ipc://{path}", SHARED: f"ipc://{path}"}
+    address = near.get(cell.transport) or free_address()
     return Setup(cell.payload, cell.transport, cell.peers, address, f"ipc://{path}.acks", zmq.curve_keypair())
 
 
@@ -291,14 +315,21 @@ def free_address() -> str:
 @contextmanager
 def fresh_keys(hosts: Sequence[str] = (link_ends.HUB_HOST.host, link_ends.SPOKE_HOST.host)) -> Iterator[None]:
     """Keys of these hosts, where the processes that are started meanwhile find them."""
-    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder:
-        before = os.environ.get(keys.ENVIRONMENT)
-        os.environ[keys.ENVIRONMENT] = folder
-        try:
-            for host in hosts:
-                keys.new(host)
-            yield
-        finally:
-            del os.environ[keys.ENVIRONMENT]
-            if before is not None:
-                os.environ[keys.ENVIRONMENT] = before
+    with tempfile.TemporaryDirectory(prefix="ddrl-bench-") as folder, patched({keys.ENVIRONMENT: folder}):
+        for host in hosts:
+            keys.new(host)
+        yield
+
+
+@contextmanager
+def patched(variables: Mapping[str, str]) -> Iterator[None]:
+    """An environment in which these are set meanwhile."""
+    before = {name: os.environ.pop(name, None) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import msgpack
@@ -12,6 +18,7 @@ import numpy as np
 import zmq
 
 from ddrl_bus import __version__
+from ddrl_bus.launch import loop
 
 _CPU = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -34,12 +41,13 @@ def facts() -> dict[str, str]:
         "cores": str(cores()),
         "governor": _first_line(_CPU) or "unknown",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "event loop": loop.name(),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
 
 
-def versions_loaded() -> dict[str, str]:
-    """Of what is loaded."""
+def versions_of(libraries: Iterable[str] = ()) -> dict[str, str]:
+    """Of what is loaded, and of `libraries`: distributions of Python or programs, as far as they are installed."""
     found = {
         "ddrl_bus": __version__,
         "python": platform.python_version(),
@@ -48,7 +56,19 @@ def versions_loaded() -> dict[str, str]:
         "msgpack": ".".join(map(str, msgpack.version)),
         "numpy": np.__version__,
     }
-    return found | ({"torch": str(sys.modules["torch"].__version__)} if "torch" in sys.modules else {})
+    if "torch" in sys.modules:
+        found["torch"] = str(sys.modules["torch"].__version__)
+    return found | {name: version for name in libraries if (version := _version_of(name))}
+
+
+def _version_of(name: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    if shutil.which(name) is None:
+        return ""
+    said = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=10).stdout
+    number = re.search(r"\d+(\.\d+)+", said)
+    return number[0] if number else "unknown"
 
 
 def _cpu_model() -> str:

@@ -1,12 +1,14 @@
 """The same bytes through what a user might take instead: `ddrl bench peers`.
 
 Each of them is measured in turn with our links in one run, between two processes of this machine. What is not installed
-(`pip install 'ddrl-bus[peers]'` brings gRPC and Ray) is said to be so.
+(`pip install 'ddrl-bus[peers]'` brings gRPC, Ray and Redis' client; its server is a package of the system) is said
+to be so.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,26 +18,37 @@ from multiprocessing.connection import Connection
 from statistics import median
 from typing import Final, Literal
 
-from ddrl_bus.bench import talks
 from ddrl_bus.bench.crew import Member, crew
 from ddrl_bus.bench.report import GAIN, MB_PER_S, US, About, Figure, Repeat, Row, row, settled
+from ddrl_bus.bench.talks import bare, gloo, grpc_calls, ours, processes, ray_actor, redis_lists
+from ddrl_bus.bench.talks.talk import WINDOW, Opener
 
 
 @dataclass(frozen=True)
 class Peer:
     name: str
-    talk: talks.Opener
-    needs: str = "zmq"
-    """The module that must be installed."""
+    talk: Opener
+    module: str = "zmq"
+    program: str = ""
+
+    @property
+    def missing(self) -> str:
+        """What must be installed first."""
+        if importlib.util.find_spec(self.module) is None:
+            return f"the module {self.module}"
+        return self.program if self.program and shutil.which(self.program) is None else ""
 
 
-OURS: Final = Peer("ddrl_bus", talks.ours)
+OURS: Final = Peer("ddrl_bus", ours.links)
 PEERS: Final = (
-    Peer("bare pyzmq", talks.bare),
-    Peer("gRPC stream", talks.grpc_stream, "grpc"),
-    Peer("Ray actor", talks.ray_actor, "ray"),
-    Peer("multiprocessing queue", talks.queues),
-    Peer("torch.distributed send/recv", talks.gloo, "torch"),
+    Peer("bare pyzmq", bare.sockets),
+    Peer("gRPC", grpc_calls.calls, "grpc"),
+    Peer("gRPC asyncio", grpc_calls.aio_calls, "grpc"),
+    Peer("Ray actor", ray_actor.calls, "ray"),
+    Peer("multiprocessing queue", processes.queues),
+    Peer("multiprocessing pipe", processes.pipe),
+    Peer("torch.distributed send/recv", gloo.group, "torch"),
+    Peer("redis lists", redis_lists.lists, "redis", redis_lists.SERVER),
 )
 
 
@@ -48,7 +61,15 @@ class Task:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.what} of {talks.in_words(self.size)}"
+        return f"{self.what} of {_in_words(self.size)}"
+
+
+def _in_words(size: int) -> str:
+    """1 MB is 2²⁰ bytes here."""
+    for unit, name in ((1 << 20, "MB"), (1 << 10, "KB")):
+        if size >= unit:
+            return f"{size // unit} {name}"
+    return f"{size} B"
 
 
 TASKS: Final = (
@@ -62,13 +83,19 @@ ABOUT: Final = About(
 first send until the last one is known to have arrived. A round trip: a message there and as many bytes back, one at a
 time; the median.
 
-ddrl_bus: a queue link (with credit, numbers, checks) and a request link, over ipc. Bare pyzmq: PUSH/PULL and
-DEALER/ROUTER. gRPC: one stream of bytes over a unix socket, without protobuf. Ray: calls of an actor's method. A
-multiprocessing queue of bytes. torch.distributed: send and recv of tensors over gloo. Ours writes each message to new
-memory, as whoever produces data does; the others, bare pyzmq apart, are handed the same object again and again. Each is
-measured in turn with ours, both open all the while.""",
+ddrl_bus: a queue link (with credit, numbers, checks) and a request link, over ipc. Bare pyzmq: a PUSH/PULL pair each
+way, over ipc. gRPC: a client's stream, and one both ways, of bytes over a unix socket, without protobuf; with threads,
+or on asyncio. Ray: calls of an actor's method. multiprocessing: two queues of bytes, or send_bytes of a pipe.
+torch.distributed: send and recv of tensors over gloo. Redis: RPUSH, a call a message, and BLPOP over a unix socket,
+nothing on disk.
+
+Under way: WINDOW messages at most with ours, bare pyzmq (on either side, and what the kernel holds besides) and the
+multiprocessing queue; the others as they see fit. Ours and bare pyzmq write each message to new memory, as whoever
+produces data does; the others are handed the same object again and again. Each is measured in turn with ours, both
+open all the while.""".replace("WINDOW", str(WINDOW)),
     reading="Ahead: how many times as long the other takes as ddrl_bus; above 1 ours is faster.",
     baseline="as fast as ddrl_bus",
+    libraries=("grpcio", "ray", "torch", "redis", redis_lists.SERVER),
 )
 _SECTION: Final = "microseconds a message, or there and back"
 _KINDS: Final = {"peer": US, "ours": US, "peer rate": MB_PER_S, "ours rate": MB_PER_S}
@@ -83,8 +110,8 @@ def measure(
         part: of each task's messages.
     """
     for peer in peers:
-        if importlib.util.find_spec(peer.needs) is None:
-            yield from (Row(_SECTION, f"{peer.name}, {task}", note="not installed") for task in tasks)
+        if missing := peer.missing:
+            yield from (Row(_SECTION, f"{peer.name}, {task}", note=f"not installed: {missing}") for task in tasks)
             continue
         with crew(2) as members, _talking(OURS, members[0]), _talking(peer, members[1]):
             for task in tasks:
@@ -123,7 +150,7 @@ def _talking(peer: Peer, member: Member) -> Iterator[None]:
         member.end()
 
 
-def _end(pipe: Connection, opener: talks.Opener, folder: str) -> None:
+def _end(pipe: Connection, opener: Opener, folder: str) -> None:
     with opener(folder) as talk:
         pipe.send(None)
         while (order := pipe.recv()) is not None:

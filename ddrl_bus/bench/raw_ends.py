@@ -10,15 +10,17 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Final
 
 import numpy as np
 import zmq
 
-from ddrl_bus.bench.ends import TIMEOUT_S, Answer, Order, Setup
+from ddrl_bus.bench.ends import TIMEOUT_S, Answer, LinkKind, Order, Setup
 from ddrl_bus.bench.schedule import Schedule
+from ddrl_bus.transport.wire import Array
 from ddrl_bus.transport.zeromq import COPY_BELOW
 
 ANSWER_BYTES: Final = 320
@@ -27,36 +29,34 @@ Socket = zmq.Socket[bytes]
 _DUE: Final = struct.Struct("<q")
 
 
-def hub_end(pipe: Connection, setup: Setup) -> None:
-    match setup.payload.link:
-        case "queue":
-            _each_order(pipe, setup, zmq.PULL, _receive)
-        case "latest":
-            _each_order(pipe, setup, zmq.XPUB, _publish)
-        case "request":
-            _serve(pipe, setup)
-
-
-def spoke_end(pipe: Connection, setup: Setup, _index: int) -> None:
-    match setup.payload.link:
-        case "queue":
-            _each_order(pipe, setup, zmq.PUSH, _send)
-        case "latest":
-            _each_order(pipe, setup, zmq.SUB, _subscribe)
-        case "request":
-            _each_order(pipe, setup, zmq.DEALER, _ask)
-
-
-def _each_order(
-    pipe: Connection, setup: Setup, kind: int, carry_out: Callable[[Setup, Order, Socket, Socket], Answer]
-) -> None:
+def one_end(pipe: Connection, setup: Setup, index: int | None) -> None:
+    """The hub, or the spoke of that index."""
+    kind, carry_out = _ENDS[setup.payload.link][index is not None]
     with zmq.Context() as context, _socket(context, kind, setup) as socket, _acks(context, kind, setup) as acks:
         pipe.send(None)
-        if kind == zmq.XPUB:
-            for _ in range(setup.peers):  # it drops what nobody has asked for yet
-                socket.recv()
+        _know(socket, setup)
         while (order := pipe.recv()) is not None:
             pipe.send(carry_out(setup, order, socket, acks))
+
+
+def all_ends(pipe: Connection, setup: Setup) -> None:
+    """Hub and spokes take turns in this one thread, and nothing wakes anybody: what there is to beat for memory://."""
+    setup = replace(setup, address="inproc://bench")
+    hub_kind, spoke_kind = (kind for kind, _ in _ENDS[setup.payload.link])
+    with zmq.Context() as context, ExitStack() as opened:
+        hub = opened.enter_context(_socket(context, hub_kind, setup))
+        spokes = [opened.enter_context(_socket(context, spoke_kind, setup)) for _ in range(setup.peers)]
+        _know(hub, setup)
+        pipe.send(None)
+        while (orders := pipe.recv()) is not None:
+            pipe.send(_turns(setup, orders[0], hub, spokes))
+
+
+def _know(socket: Socket, setup: Setup) -> None:
+    """All subscribers: an XPUB drops what nobody has asked for yet."""
+    if socket.type == zmq.XPUB:
+        for _ in range(setup.peers):
+            socket.recv()
 
 
 @contextmanager
@@ -161,10 +161,11 @@ def _publish(setup: Setup, order: Order, socket: Socket, acks: Socket) -> Answer
     return Answer(time.perf_counter() - began)
 
 
-def _subscribe(_setup: Setup, order: Order, socket: Socket, acks: Socket) -> Answer:
-    latencies: list[float] = []
+def _subscribe(setup: Setup, order: Order, socket: Socket, acks: Socket) -> Answer:
+    own, latencies = np.empty(setup.payload.frame_bytes, np.uint8), list[float]()
     for _ in range(order.total):
         frame = socket.recv(copy=False)
+        _hold(own, frame)
         if order.rate:
             latencies.append(late(frame))
         else:
@@ -203,63 +204,37 @@ def _ask_at(size: int, order: Order, socket: Socket) -> Answer:
     return Answer(latencies=latencies)
 
 
-def _serve(pipe: Connection, setup: Setup) -> None:
-    poller = zmq.Poller()
-    with zmq.Context() as context, _socket(context, zmq.ROUTER, setup) as socket:
-        poller.register(pipe.fileno(), zmq.POLLIN)
-        poller.register(socket, zmq.POLLIN)
-        pipe.send(None)
-        while True:
-            ready = dict(poller.poll())
-            if socket in ready:
-                answer(socket)
-            if pipe.fileno() in ready:
-                if pipe.recv() is None:
-                    return
-                pipe.send(Answer())
+def _serve(setup: Setup, order: Order, socket: Socket, _acks: Socket) -> Answer:
+    for _ in range(order.total * setup.peers):
+        _answer(socket)
+    return Answer()
 
 
-def answer(socket: Socket) -> None:
-    """All questions that are there."""
-    while True:
-        try:
-            peer, _question = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return
-        socket.send(peer, zmq.SNDMORE)
-        put(socket, frame_of(ANSWER_BYTES, 0))
+def _answer(socket: Socket) -> None:
+    peer, _question = socket.recv_multipart(copy=False)
+    socket.send(peer, zmq.SNDMORE)
+    put(socket, frame_of(ANSWER_BYTES, 0))
 
 
-# ── all in one thread: what there is to beat for memory://
+def _hold(own: Array, frame: zmq.Frame) -> None:
+    np.copyto(own, np.frombuffer(frame.buffer, np.uint8))
 
 
-def memory_end(pipe: Connection, setup: Setup) -> None:
-    """Hub and spokes take turns; nothing wakes anybody."""
-    kinds = {"queue": (zmq.PULL, zmq.PUSH), "latest": (zmq.XPUB, zmq.SUB), "request": (zmq.ROUTER, zmq.DEALER)}
-    hub_kind, spoke_kind = kinds[setup.payload.link]
-    with zmq.Context() as context, context.socket(hub_kind) as hub:
-        hub.set_hwm(1000)
-        if hub_kind == zmq.XPUB:
-            hub.setsockopt(zmq.XPUB_VERBOSE, 1)
-        hub.bind("inproc://bench")
-        spokes = [context.socket(spoke_kind) for _ in range(setup.peers)]
-        for each in spokes:
-            each.set_hwm(1000)
-            each.connect("inproc://bench")
-            if spoke_kind == zmq.SUB:
-                each.setsockopt(zmq.SUBSCRIBE, b"")
-                hub.recv()
-        pipe.send(None)
-        try:
-            while (orders := pipe.recv()) is not None:
-                pipe.send(_turns(setup, orders[0], hub, spokes))
-        finally:
-            for each in spokes:
-                each.close(linger=0)
+_CarryOut = Callable[[Setup, Order, Socket, Socket], Answer]
+_ENDS: Final[dict[LinkKind, tuple[tuple[int, _CarryOut], tuple[int, _CarryOut]]]] = {
+    "queue": ((zmq.PULL, _receive), (zmq.PUSH, _send)),
+    "latest": ((zmq.XPUB, _publish), (zmq.SUB, _subscribe)),
+    "request": ((zmq.ROUTER, _serve), (zmq.DEALER, _ask)),
+}
+"""What the hub and the spokes of a link are."""
+
+
+# ── all in one thread
 
 
 def _turns(setup: Setup, order: Order, hub: Socket, spokes: list[Socket]) -> list[Answer]:
     size, link, latencies, began = setup.payload.frame_bytes, setup.payload.link, list[float](), 0.0
+    own = np.empty(size, np.uint8)
     # At a rate one schedule for all, which comes to each of them in turn.
     every = 1 if link == "latest" else len(spokes)
     rate = order.rate * every if order.rate else None
@@ -269,13 +244,16 @@ def _turns(setup: Setup, order: Order, hub: Socket, spokes: list[Socket]) -> lis
         each = spokes[number % len(spokes)]
         if link == "latest":
             put(hub, frame_of(size, due))
-            latencies += [late(each.recv(copy=False)) for each in spokes]
+            for each in spokes:
+                frame = each.recv(copy=False)
+                _hold(own, frame)
+                latencies.append(late(frame))
             continue
         put(each, frame_of(size, due))
         if link == "queue":
             latencies.append(late(hub.recv(copy=False)))
         else:
-            answer(hub)
+            _answer(hub)
             each.recv(copy=False)
             latencies.append((time.monotonic_ns() - due) / 1e9)
     return [Answer(time.perf_counter() - began, latencies if order.rate else ())]

@@ -28,6 +28,7 @@ import zmq
 
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.bench.report import MB_PER_S, PER_S, About, Row, row
+from ddrl_bus.launch import loop
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.launch.start import plan_of
 from ddrl_bus.messages import Sample, Trajectory, fields_of
@@ -150,12 +151,12 @@ def _node(name: str, number: int, folder: str) -> Any:
 def _replay(number: int, folder: str) -> None:
     keep_freed_memory()  # as every node does; the others get the same
     logging.disable()  # it misses its controller
-    asyncio.run(_node("replay-0", number, folder).live(asyncio.Event()))
+    loop.run(_node("replay-0", number, folder).live(asyncio.Event()))
 
 
 def _ordered(name: str, number: int, folder: str, orders: Connection) -> None:
     keep_freed_memory()
-    asyncio.run(_obey(name, number, folder, orders))
+    loop.run(_obey(name, number, folder, orders))
 
 
 async def _obey(name: str, number: int, folder: str, orders: Connection) -> None:

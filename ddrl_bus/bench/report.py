@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-from ddrl_bus.bench.machine import cores, facts, load_average, versions_loaded
+from ddrl_bus.bench.machine import cores, facts, load_average, versions_of
 
 Better = Literal["less", "more", ""]
 NOISY: Final = 0.25
@@ -148,6 +148,8 @@ class About:
     """What a ratio of 1 is."""
     spans: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Name → figures that are drawn as one line, least first."""
+    libraries: tuple[str, ...] = ()
+    """Distributions and programs that it measures: the report says their versions."""
 
 
 @dataclass
@@ -158,7 +160,7 @@ class Report:
     command: str = field(default_factory=lambda: shlex.join(["ddrl", *sys.argv[1:]]))
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     machine: Mapping[str, str] = field(default_factory=facts)
-    versions: Mapping[str, str] = field(default_factory=versions_loaded)
+    versions: Mapping[str, str] = field(default_factory=versions_of)
     load: tuple[float, float] = field(default_factory=lambda: (load_average(),) * 2)
     """Processes that want a core, mean of a minute, at the start and at the end."""
     rows: list[Row] = field(default_factory=list)
@@ -168,7 +170,7 @@ class Report:
         for each in rows:
             self.rows.append(each)
             yield each
-        self.load, self.versions = (self.load[0], load_average()), versions_loaded()
+        self.load, self.versions = (self.load[0], load_average()), versions_of(self.about.libraries)
 
     @property
     def warnings(self) -> list[str]:

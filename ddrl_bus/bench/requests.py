@@ -24,6 +24,7 @@ import zmq
 
 from ddrl_bus.bench.raw_socket import RawSocket
 from ddrl_bus.bench.report import US, About, Repeat, Row, row, settled
+from ddrl_bus.launch import loop
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.bus import Bus
@@ -110,7 +111,7 @@ def _trips(number: int) -> tuple[list[float], list[float]]:
 
 def _serve(number: int, folder: str, _result: Connection) -> None:
     keep_freed_memory()  # as every node does
-    asyncio.run(_answers(CASES[number], folder))
+    loop.run(_answers(CASES[number], folder))
 
 
 async def _answers(case: Case, folder: str) -> None:
@@ -127,7 +128,7 @@ def _anew(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 def _ask(number: int, folder: str, result: Connection) -> None:
     keep_freed_memory()
-    result.send(asyncio.run(_both(CASES[number], folder)))
+    result.send(loop.run(_both(CASES[number], folder)))
 
 
 async def _both(case: Case, folder: str) -> tuple[list[float], list[float]]:

@@ -26,6 +26,7 @@ import zmq
 from ddrl_bus.bench.cable import ADDRESSES, MISSING, Cable, plugged_in
 from ddrl_bus.bench.report import BYTES, MS, About, Repeat, Row, row
 from ddrl_bus.errors import UsageError
+from ddrl_bus.launch import loop
 from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.transport.bus import Bus
 from ddrl_bus.transport.ledger import Ledger
@@ -76,7 +77,7 @@ def measure(subscribers: int = 16, size: int = SIZE, rounds: int = 50) -> Iterat
         for way, side in sides.items():
             ends = [(side, (n, addresses[way], f"{addresses[way]}.acks")) for n in range(subscribers)]
             undo.enter_context(_running(ends))
-        timed = asyncio.run(_on_one_host(addresses, acks, subscribers, size, rounds))
+        timed = loop.run(_on_one_host(addresses, acks, subscribers, size, rounds))
     figures = {way: _figures(of[WARM_UP - 1 :]) for way, of in timed.items()}
     for n, what in enumerate(WHAT):
         found = [
@@ -182,7 +183,7 @@ def _subscribe(number: int, address: str, acks: str, namespace: str = "") -> Non
 
     _enter(namespace)
     keep_freed_memory()
-    asyncio.run(main())
+    loop.run(main())
 
 
 def _subscribe_bare(number: int, address: str, acks: str) -> None:
@@ -309,7 +310,7 @@ def _publish_far(
 
     _enter(namespace)
     keep_freed_memory()
-    result.send(asyncio.run(main()))
+    result.send(loop.run(main()))
     time.sleep(PATIENCE_S)  # until we are killed
 
 

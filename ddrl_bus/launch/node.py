@@ -16,12 +16,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from ddrl_bus.errors import DdrlError
-from ddrl_bus.launch import files, logs, malloc, run_dir
+from ddrl_bus.launch import files, logs, loop, malloc, run_dir
 from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
 
@@ -49,8 +49,7 @@ def run(plan: Plan, name: str, folder: Path, *, parent: int | None = None) -> in
         written = [stack.enter_context(logs.attached(folder, node, _logger(node, names))) for node in names]
         try:
             files.raise_limit(plan, names)
-            with asyncio.Runner(debug=False, loop_factory=_loop_factory()) as runner:
-                runner.run(_serve(plan, names, folder, supervised=parent is not None))
+            loop.run(_serve(plan, names, folder, supervised=parent is not None))
         except Exception as error:
             if not any(log.shown is error for log in written):
                 logging.getLogger(f"ddrl_bus.{names[0]}").critical("failed", exc_info=error)
@@ -92,7 +91,6 @@ def first(error: BaseException) -> BaseException:
 
 async def _serve(plan: Plan, names: Sequence[str], folder: Path, *, supervised: bool) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
 
     def signalled(number: int) -> None:
         if stop.is_set():
@@ -104,7 +102,7 @@ async def _serve(plan: Plan, names: Sequence[str], folder: Path, *, supervised: 
         signal.setitimer(signal.ITIMER_REAL, max(plan.grace, 0.001))
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, signalled, number)
+        asyncio.get_running_loop().add_signal_handler(number, signalled, number)
     if await _have_addresses(plan, names, stop):
         await serve_all(plan, names, folder, stop, hub=MemoryHub())
 
@@ -133,15 +131,6 @@ async def _resolves(name: str) -> bool:
         return bool(await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM))
     except OSError:
         return False
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 def die_with(parent: int) -> None:

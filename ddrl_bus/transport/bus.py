@@ -9,6 +9,7 @@ from ddrl_bus.errors import UsageError
 from ddrl_bus.transport.base import Backend, scheme
 from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.links import Check, Client, Publisher, Receiver, Sender, Server, Subscriber
+from ddrl_bus.transport.links.latest import SHARE_FROM
 from ddrl_bus.transport.memory import MemoryHub
 from ddrl_bus.transport.sessions.queue import OnLoss
 from ddrl_bus.transport.wire import Codec
@@ -56,8 +57,15 @@ class Bus:
     ) -> Receiver:
         return self._opened(Receiver(self, self._backend(binds), link, binds, window, on_loss, check))
 
-    def publisher(self, link: str, binds: Sequence[str], codec: Codec = "auto", rate: float | None = None) -> Publisher:
-        return self._opened(Publisher(self, self._backend(binds), link, binds, codec, rate))
+    def publisher(
+        self,
+        link: str,
+        binds: Sequence[str],
+        codec: Codec = "auto",
+        rate: float | None = None,
+        share_from: int = SHARE_FROM,
+    ) -> Publisher:
+        return self._opened(Publisher(self, self._backend(binds), link, binds, codec, rate, share_from))
 
     def subscriber(self, link: str, address: str) -> Subscriber:
         return self._opened(Subscriber(self, self._backend([address]), link, address))

@@ -14,6 +14,7 @@ import pytest
 
 from ddrl_bus.bench import links
 from ddrl_bus.bench.crew import crew
+from ddrl_bus.bench.ends import PAYLOADS, SHARED, Transport
 from ddrl_bus.bench.links import Scope, scope_of
 from ddrl_bus.bench.schedule import Schedule
 from ddrl_bus.errors import UsageError
@@ -23,10 +24,11 @@ LEAST = Scope(ONE_OF_EACH_LINK, peers=(2,), repeats=1, seconds=0.1, part=0.02, r
 
 
 @pytest.mark.parametrize("transport", links.TRANSPORTS)
-def test_rows_of_each_payload(transport: links.Transport) -> None:
+def test_rows_of_each_payload(transport: Transport) -> None:
     scope = replace(LEAST, transports=(transport,))
     rows = list(links.measure(scope))
-    assert len({(row.section, row.name) for row in rows}) == len(rows) == 2 * len(ONE_OF_EACH_LINK)
+    payloads = 1 if transport == SHARED else len(ONE_OF_EACH_LINK)
+    assert len({(row.section, row.name) for row in rows}) == len(rows) == 2 * payloads
     for row in rows:
         values = {name: figure.median for name, figure in row.figures.items()}
         assert min(values.values()) > 0, row
@@ -43,14 +45,16 @@ def test_what_a_user_asks_for() -> None:
         *("small unroll, 320 B, tcp, 3 peers", "pixel unroll, 567 KB, tcp, 3 peers", "request, 64 B, tcp, 3 peers")
     ]
     assert scope.repeats == 2
-    assert len(scope_of().cells()) == 60
-    assert len(scope_of(quick=True).cells()) == 6
+    assert len(scope_of().cells()) == 4 * 3 * len(PAYLOADS) + 3
+    assert [cell.payload.link for cell in scope_of(transports=(SHARED,)).cells()] == ["latest"] * 3
+    assert len(scope_of(quick=True).cells()) == 9
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"transports": ("udp",)}, "'udp': expected one of memory, ipc, tcp, tcp.CURVE"),
+        ({"transports": ("udp",)}, "'udp': expected one of memory, ipc, ipc.shared, tcp, tcp.CURVE"),
+        ({"transports": (SHARED,), "payloads": ("unroll",)}, "only weights are shared"),
         ({"payloads": ("video",)}, "'video': expected words of one of: small unroll"),
     ],
 )

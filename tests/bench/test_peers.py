@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -13,10 +12,10 @@ from ddrl_bus.bench.peers import PEERS, Peer, Task
 TASKS = (Task("stream", 16 << 10, 20), Task("round trip", 64, 10))
 
 
-@pytest.mark.parametrize("peer", [p for p in PEERS if p.needs != "ray"], ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", [p for p in PEERS if p.module != "ray"], ids=lambda peer: peer.name)
 def test_rows_of_a_peer(peer: Peer) -> None:
-    if importlib.util.find_spec(peer.needs) is None:
-        pytest.skip(f"{peer.needs} is not installed")
+    if peer.missing:
+        pytest.skip(f"not installed: {peer.missing}")
     rows = list(peers.measure([peer], TASKS, repeats=1))
     assert [row.name for row in rows] == [f"{peer.name}, stream of 16 KB", f"{peer.name}, round trip of 64 B"]
     for row in rows:
@@ -27,6 +26,8 @@ def test_rows_of_a_peer(peer: Peer) -> None:
     assert rows[0].figures["peer rate"].median == pytest.approx((16 << 10) / rows[0].figures["peer"].median)
 
 
-def test_what_is_not_installed() -> None:
-    rows = list(peers.measure([replace(PEERS[0], needs="no_such_library")], TASKS))
-    assert [(row.note, dict(row.figures)) for row in rows] == [("not installed", {})] * 2
+@pytest.mark.parametrize("what", ["module", "program"])
+def test_what_is_not_installed(what: str) -> None:
+    rows = list(peers.measure([replace(PEERS[0], **{what: "no_such_thing"})], TASKS))
+    words = {"module": "not installed: the module no_such_thing", "program": "not installed: no_such_thing"}[what]
+    assert [(row.note, dict(row.figures)) for row in rows] == [(words, {})] * 2

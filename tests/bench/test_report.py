@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ddrl_bus.bench import report_page
+from ddrl_bus.bench.machine import versions_of
 from ddrl_bus.bench.output import STDOUT, WORSE, Output, measured
 from ddrl_bus.bench.report import MB_PER_S, NOISY, US, About, Figure, Report, Row, as_csv, as_text, row, settled
 from ddrl_bus.errors import UsageError
@@ -164,16 +166,31 @@ def test_the_page_says_what_and_how(report: Report) -> None:
 
 
 def test_bars_are_as_long_as_their_figures() -> None:
-    svg = report_page.bars([trial(10), trial(20, name="b")], "bare")
+    svg = report_page.bars([trial(5), trial(20), trial(40)], "bare")
+    bars = [(float(x), float(width)) for x, width in re.findall(r'<rect x="([\d.]+)" [^>]*width="([\d.]+)"', svg)]
+    (half, left), (twice, right), (_, longest) = bars
+    assert (left, longest) == pytest.approx((right, 2 * right), rel=0.01)
+    assert half + left == pytest.approx(twice, abs=0.2)  # they begin at 1
+    assert re.findall(r'fill="(#\w+)"', svg) == ["#009E73", "#D55E00", "#D55E00"]  # better than bare, and worse
+
+
+def test_bars_that_are_no_ratios_begin_at_nothing() -> None:
+    svg = report_page.bars([row("s", str(us), [{"us": us}], {"us": US}) for us in (10.0, 20.0)], "")
     short, long = (float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', svg))
     assert long == pytest.approx(2 * short, rel=0.01)
-    assert re.findall(r'fill="(#\w+)"', svg) == ["#009E73", "#D55E00"]  # as good as bare, and worse
 
 
 def test_percentiles_go_from_left_to_right() -> None:
     svg = report_page.percentiles([trial(10)], {"link": ("link", "link p99")})
     first, second = (float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)[:2])
     assert first < second
+
+
+def test_versions_of_libraries_and_programs() -> None:
+    found = versions_of(("click", "python3", "no-such-thing"))
+    assert found["click"] == metadata.version("click")
+    assert found["python3"].startswith("3.")
+    assert "no-such-thing" not in found
 
 
 # ── files, and earlier reports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import resource
 import time
@@ -14,8 +15,10 @@ import pytest
 
 from ddrl_bus.errors import WireError
 from ddrl_bus.transport import shared, wire
+from ddrl_bus.transport.bus import Bus
+from ddrl_bus.transport.ledger import Ledger
 from ddrl_bus.transport.shared import MEMORY, SharedSlots, SlotWriter, kept, read
-from ddrl_bus.transport.wire import Array, Message
+from ddrl_bus.transport.wire import Arena, Array, Message
 
 pytestmark = pytest.mark.skipif(not shared.SHARES or not MEMORY.exists(), reason="nothing is shared here")
 SIZE = 250_000
@@ -215,3 +218,16 @@ def test_nothing_is_ever_torn_while_a_writer_overwrites_all_the_time(address: st
         newest, again = results.get()
         assert newest > 0
         assert again > 0, "nothing was overwritten while it was read: this test shows nothing"
+
+
+@pytest.mark.parametrize(("share_from", "is_shared"), [(SIZE, True), (8 * SIZE + 4096, False)])
+async def test_what_is_smaller_is_sent(address: str, share_from: int, is_shared: bool) -> None:
+    learner, actor = Bus("learner-0", 1, Ledger()), Bus("actor-0", 1, Ledger())
+    publisher = learner.publisher("weights", [address], share_from=share_from)
+    subscriber = actor.subscriber("weights", address)
+    publisher.publish(1, Arena.of("weights", {"v": np.arange(SIZE)}), {})
+    message = await asyncio.wait_for(subscriber.next(), 10)
+    assert (message.slots is not None) == is_shared
+    read(message, lambda value: np.testing.assert_array_equal(value.arrays["v"], np.arange(SIZE)))
+    for bus in (actor, learner):
+        bus.close()

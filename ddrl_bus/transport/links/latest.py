@@ -38,7 +38,7 @@ from ddrl_bus.transport.wire import Arena, Buffer, Codec, Message
 ALL: Final = b"A"
 """The topic of what goes to every subscriber of this host; each has one of its own."""
 SHARE_FROM: Final = 64 << 10
-"""Bytes from which a value is shared on a host instead of sent."""
+"""Bytes: what is larger reaches many sooner where it is shared (`ddrl bench sharing`)."""
 _QUESTION: Final = re.compile(rb"([\x00\x01])S([A-Za-z0-9_.-]{1,64})\x00([0-9a-f]{16})\x00(?:([AF])([0-9.]+))?")
 
 
@@ -54,6 +54,7 @@ class Publisher(End):
     Args:
         codec: delta: who fetches gets what is different from what it holds, compressed.
         rate: bytes a second that may leave to all who fetch together.
+        share_from: bytes from which a value is shared on this host instead of sent.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Publisher(End):
         binds: Sequence[str],
         codec: Codec = "auto",
         rate: float | None = None,
+        share_from: int = SHARE_FROM,
     ) -> None:
         super().__init__(host, link)
+        self._share_from = share_from
         self._core = LatestPublisher(codec == "delta", rate, self._loop.time())
         self._throttle: asyncio.TimerHandle | None = None
         self._throttled_ns = self._counter("throttled_ns")
@@ -117,7 +120,7 @@ class Publisher(End):
     def _announcement(self) -> tuple[bytes, Buffer]:
         assert self._core.version is not None
         version, value = self._core.version, self._core.value
-        if self._by_reference or len(value) < SHARE_FROM:
+        if self._by_reference or len(value) < self._share_from:
             return msgpack.packb(version), value
         return msgpack.packb([*version, (self._slots and self._slots.write(value)) or ""]), b""
 

@@ -1,0 +1,1 @@
+"""Two processes talking through one library or another, a file each: what `ddrl bench peers` compares."""
