@@ -155,7 +155,7 @@ def plan(
     """
     from ddrl_bus.launch import run_dir
     from ddrl_bus.planning import report
-    from ddrl_bus.planning.model import Setting
+    from ddrl_bus.planning.places import Setting
 
     topology, overrides = split(words)
     if check is not None and (topology or sweep):

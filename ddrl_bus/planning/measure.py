@@ -117,11 +117,8 @@ class Nodes:
     async def inside(self) -> None:
         """A message between two nodes of one process, both ends and the ways to their threads together."""
         kind, fields, arrays = self.payloads["trajectories"]
-        bus, thread, loop = (
-            Bus("calibration-0", 1, Ledger(), self.hub),
-            ThreadPoolExecutor(1),
-            asyncio.get_running_loop(),
-        )
+        bus, thread = Bus("calibration-0", 1, Ledger(), self.hub), ThreadPoolExecutor(1)
+        loop = asyncio.get_running_loop()
         receiver = bus.receiver("trajectories", ["memory://calibration"], 2)
         sender = bus.sender("trajectories", {"calibration-0": "memory://calibration"})
         for trip in range(2 * TRIPS):
@@ -317,9 +314,9 @@ SUBSCRIBERS: Final = {"weights": 1, "weights, many": 9}
 PAUSE_S: Final = 0.004
 
 
-def of_links(side: int, folder: Path, payloads: Mapping[str, Payload]) -> dict[str, tuple[float, float]]:
-    """Of each link of which there are payloads: processor and wall time of a message (a round trip) at this side, 0
-    that sends or asks and 1 that receives or answers. Also the memory of a node without torch, as `resident`."""
+def of_links(side: int, folder: Path, payloads: Mapping[str, Payload]) -> dict[str, float]:
+    """Of each link of which there are payloads: processor time of a message (a round trip) at this side, 0 that sends
+    or asks and 1 that receives or answers. Also the memory of a node without torch, as `resident`."""
     keep_freed_memory()
     return asyncio.run((_sending, _receiving)[side](f"ipc://{folder}", payloads))
 
@@ -330,19 +327,19 @@ def _links(payloads: Mapping[str, Payload]) -> list[tuple[str, Payload, Payload 
     ]
 
 
-async def _sending(folder: str, payloads: Mapping[str, Payload]) -> dict[str, tuple[float, float]]:
+async def _sending(folder: str, payloads: Mapping[str, Payload]) -> dict[str, float]:
     bus, thread, loop = Bus("calibration-0", 1, Ledger()), ThreadPoolExecutor(1), asyncio.get_running_loop()
     taken = {}
     for link, up, down in _links(payloads):
         send = _sender(bus, f"{folder}/{link}", link, up, down is not None)
         for trip in range(2 * TRIPS):
             if trip == TRIPS:
-                began = time.process_time(), time.perf_counter()
+                began = time.process_time()
             await loop.run_in_executor(thread, _nothing)
             await send()
-        taken[link] = (time.process_time() - began[0]) / TRIPS, (time.perf_counter() - began[1]) / TRIPS
+        taken[link] = (time.process_time() - began) / TRIPS
         if link in SUBSCRIBERS:
-            taken[link] = max(0.0, taken[link][0] - await _paused(loop, thread)), 0.0
+            taken[link] = max(0.0, taken[link] - await _paused(loop, thread))
         await asyncio.sleep(0.05)
     bus.close()
     return taken
@@ -374,24 +371,23 @@ async def _published(publisher: Any, arrays: Mapping[str, Array], versions: Iter
     await asyncio.sleep(PAUSE_S)
 
 
-async def _receiving(folder: str, payloads: Mapping[str, Payload]) -> dict[str, tuple[float, float]]:
+async def _receiving(folder: str, payloads: Mapping[str, Payload]) -> dict[str, float]:
     bus, thread, loop = Bus("calibration-1", 1, Ledger()), ThreadPoolExecutor(1), asyncio.get_running_loop()
     taken = {}
     ends = {link: _receiver(bus, folder, link, down) for link, _, down in _links(payloads)}
     for link, receive in ends.items():
-        trip = 0
-        began = time.process_time(), time.perf_counter()
+        trip, began = 0, time.process_time()
         while trip < 2 * TRIPS:
             message = await receive()
             trip = message.fields["updates"] if link in SUBSCRIBERS else trip + 1  # some may have been passed over
             if link not in SUBSCRIBERS:  # weights are taken when an unroll is over
                 await loop.run_in_executor(thread, _nothing)
             if trip <= TRIPS:
-                began = time.process_time(), time.perf_counter()
-        taken[link] = (time.process_time() - began[0]) / TRIPS, (time.perf_counter() - began[1]) / TRIPS
+                began = time.process_time()
+        taken[link] = (time.process_time() - began) / TRIPS
     await asyncio.sleep(0.2)
     bus.close()
-    return taken | {"resident": (resident(), 0.0)}
+    return taken | {"resident": resident()}
 
 
 def _receiver(bus: Bus, folder: str, link: str, down: Payload | None) -> Any:
@@ -441,12 +437,11 @@ def sums(rank: int, ranks: int, size: int, folder: Path) -> tuple[float, float]:
         time.sleep(0.02)
     among = Collective(meeting.read_text(), 1, rank, ranks, LOOPBACK, torch.device("cpu"), PATIENCE_S)
     flat = torch.zeros(max(1, size // 4))
-    for turn in range(2):
+    for _ in range(2):  # the first is for what is made once
         began = time.process_time(), time.perf_counter()
         for _ in range(50):
             among.sum(flat)
         taken = (time.process_time() - began[0]) / 50, (time.perf_counter() - began[1]) / 50
-        del turn
     among.gather([0])
     time.sleep(0.2)  # the others' store is the first one's
     among.close()

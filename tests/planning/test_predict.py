@@ -15,11 +15,12 @@ import pytest
 from ddrl_bus.errors import DdrlError, UsageError
 from ddrl_bus.launch.catalog import packaged
 from ddrl_bus.launch.start import plan_of
-from ddrl_bus.planning import check, costs, report
+from ddrl_bus.planning import calibrate, check, report
 from ddrl_bus.planning import predict as module
 from ddrl_bus.planning.costs import Costs
-from ddrl_bus.planning.model import NOISE, Setting
+from ddrl_bus.planning.places import Setting
 from ddrl_bus.planning.predict import Prediction, predict
+from ddrl_bus.planning.world import NOISE
 from ddrl_bus.topology.plan import Plan
 
 MS = 1e-3
@@ -32,7 +33,7 @@ POINTS = {
     "evaluate": [(20, 0.1 * MS)],
     "subscriber": [(1, 1e-6)],
 }
-LINKS = dict.fromkeys(("trajectories", "weights", "act", "samples", "gradients"), (0.1 * MS, 0.1 * MS, 0.0))
+LINKS = dict.fromkeys(("trajectories", "weights", "act", "samples", "gradients"), (0.1 * MS, 0.1 * MS))
 SIZES = {
     **dict.fromkeys(("weights", "trajectories", "act", "actions", "samples", "sample", "gradients", "parameters"), 1e4),
     "sums": 4,
@@ -40,7 +41,7 @@ SIZES = {
     "node": 4e7,
     "learner": 2e8,
 }
-COSTS = Costs(POINTS, LINKS, SIZES, [1.0, 2.0], {"2": (MS, 2 * MS)}, "made up", "never", 0.0)
+COSTS = Costs(POINTS, LINKS, SIZES, [1.0, 2.0], {"2": (MS, 2 * MS)}, {}, 0.0, 0.0, "made up", "never", 0.0)
 
 
 def plan(topology: str, *overrides: str) -> Plan:
@@ -207,7 +208,7 @@ def test_costs_are_interpolated(size: float, seconds: float) -> None:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "of", lambda plan, calibrate=False: COSTS)
+    monkeypatch.setattr(calibrate, "of", lambda plan, calibrate=False: COSTS)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_costs_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     small = plan("quickstart", "nodes.actor.envs=4", "algo.batch=4")
 
-    measured = costs.of(small, budget=0.005)
+    measured = calibrate.of(small, budget=0.005, seconds=1.0)
 
     for name in ("play", "load", "copy", "update", "evaluate"):
         assert 0 < measured.at(name, 4) < 1, name
@@ -306,9 +307,9 @@ def test_costs_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(seconds > 0 for seconds in measured.links["trajectories"][:2])
     assert measured.sizes["trajectories"] > 4 * 20 * 4 * 4  # the observations alone
     assert 1 <= measured.speeds[-1] <= len(measured.speeds)
-    (kept,) = costs.folder().iterdir()
+    (kept,) = calibrate.folder().iterdir()
     assert json.loads(kept.read_text())["machine"] == measured.machine
-    assert costs.of(plan("quickstart", "nodes.actor.envs=4", "algo.batch=4", "nodes.actor.count=7")) == Costs(
+    assert calibrate.of(plan("quickstart", "nodes.actor.envs=4", "algo.batch=4", "nodes.actor.count=7")) == Costs(
         **json.loads(kept.read_text())
     )
     assert predict(small, measured).env_steps_per_s > 0
