@@ -47,7 +47,7 @@ Payload = tuple[str, dict[str, Any], dict[str, Array]]
 
 WIDER: Final = 4
 """Costs that depend on a size are measured at the topology's and at so many times it."""
-TRIPS: Final = 150
+TRIPS: Final = 75
 LOOPBACK: Final = "127.0.0.1"
 PATIENCE_S: Final = 60.0
 

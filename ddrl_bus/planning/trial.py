@@ -64,7 +64,7 @@ def run(plan: Plan, folder: Path, seconds: float = SECONDS) -> Trial:
     Raises:
         UsageError: it does not train.
     """
-    plan = _alone(plan)
+    plan = alone(plan)
     run_dir.create(plan, path=folder, command=sys.argv, started=time.time())
     command = [sys.executable, "-m", "ddrl_bus.cli", "run", "--resume", str(folder), "--json"]
     silent, said = subprocess.DEVNULL, subprocess.PIPE
@@ -84,7 +84,7 @@ def run(plan: Plan, folder: Path, seconds: float = SECONDS) -> Trial:
     return _between(plan, first, last, company.mean())
 
 
-def _alone(plan: Plan) -> Plan:
+def alone(plan: Plan) -> Plan:
     """All on one host, for as long as it is let, and not more of it than a machine may be asked to hold."""
     host = next(iter(plan.hosts))
     groups = {}
@@ -188,14 +188,15 @@ class Company(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(0.2):
+        while not self.over.wait(0.1):
             with contextlib.suppress(psutil.Error, OSError):
                 mine = sum(_runs(task) for pid in _tree(self._pid) for task in Path(f"/proc/{pid.pid}/task").iterdir())
                 (line,) = (line for line in Path("/proc/stat").read_text().splitlines() if "procs_running" in line)
-                self._counts.append(max(0, int(line.split()[1]) - mine - 1))  # but for this one
+                self._counts.append(int(line.split()[1]) - mine - 1)  # but for this one
 
     def mean(self) -> float:
-        return round(sum(self._counts) / max(1, len(self._counts)), 1)
+        """Of counts that are not quite of one moment, so that single ones may be below 0."""
+        return max(0.0, round(sum(self._counts) / max(1, len(self._counts)), 1))
 
 
 def _runs(task: Path) -> bool:

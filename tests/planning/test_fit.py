@@ -1,0 +1,94 @@
+"""Levels and hops that are known, found again from what they come to; and a trial that is real."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_up import COSTS, MS
+
+from ddrl_bus.errors import UsageError
+from ddrl_bus.launch.start import plan_of
+from ddrl_bus.planning import check, fit, trial
+from ddrl_bus.planning.costs import Costs
+from ddrl_bus.planning.model import model
+from ddrl_bus.planning.places import Setting
+from ddrl_bus.planning.predict import rates
+from ddrl_bus.planning.trial import Trial
+from ddrl_bus.topology.plan import Plan
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "EVENTS", 4_000)
+
+
+LEVELS = {"actor": 1.5, "learner": 2.0, "trainer": 1.3}
+
+
+def plan(topology: str, *overrides: str) -> Plan:
+    return plan_of(topology, [*check.ALONE, *overrides], probe=False, starts=False)
+
+
+def as_if_run(topology: Plan, costs: Costs, others: float = 0.0) -> Trial:
+    """A trial on a machine where these are the costs."""
+    rate = rates(model(topology, costs, Setting(others=others)), fit.EVENTS)
+    cpu = {
+        name.removeprefix("cpu "): each / rate["env_steps"] for name, each in rate.items() if name.startswith("cpu ")
+    }
+    return Trial({}, rate["env_steps"], cpu, costs.besides, others)
+
+
+@pytest.mark.parametrize(("speeds", "others"), [([1.0, 2.0], 0.0), ([1.0, 1.3], 0.0), ([1.0, 2.0], 3.0)])
+def test_levels_are_found_whatever_cores_share_and_whoever_is_there(speeds: list[float], others: float) -> None:
+    truth = replace(COSTS, speeds=speeds, levels=LEVELS, besides=0.1)
+    ran = as_if_run(plan("quickstart"), truth, others)
+
+    found = fit.fitted(plan("quickstart"), replace(COSTS, speeds=speeds), ran)
+
+    assert found.levels == pytest.approx(LEVELS, rel=0.05)
+    quiet = [as_if_run(plan("quickstart"), costs).env_steps_per_s for costs in (truth, found, COSTS)]
+    assert quiet[1] == pytest.approx(quiet[0], rel=0.05)
+    assert quiet[2] > 1.2 * quiet[0]
+
+
+def test_what_is_not_work_is_a_hop() -> None:
+    truth = replace(COSTS, levels=LEVELS, hop=0.6 * MS)
+
+    found = fit.fitted(plan("a2c"), COSTS, as_if_run(plan("a2c"), truth))
+
+    assert found.hop == pytest.approx(truth.hop, rel=0.15)
+    assert found.levels == pytest.approx(LEVELS, rel=0.05)
+
+
+def test_a_hop_that_would_not_explain_it_is_none() -> None:
+    ran = as_if_run(plan("quickstart"), COSTS)
+
+    found = fit.fitted(plan("quickstart"), COSTS, replace(ran, env_steps_per_s=ran.env_steps_per_s / 20))
+
+    assert found.hop == 0
+
+
+def test_a_trial_is_small_endless_and_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU0", "10.0.0.1")
+    monkeypatch.setenv("CPU1", "10.0.0.2")
+    tried = trial.alone(plan_of("two-hosts", ["nodes.actor.count=9"], probe=False, starts=False))
+
+    assert {node.host for node in tried.nodes.values()} == {"gpu0"}
+    assert [options.count for name, options in tried.groups.items() if name in ("actor", "evaluator")] == [
+        trial.MOST,
+        0,
+    ]
+    assert tried.stop.steps is None
+
+
+def test_in_lock_step_a_round_of_those_that_are_left_is_a_batch() -> None:
+    tried = trial.alone(plan("a2c", "nodes.actor.count=8", "algo.batch=256"))
+
+    assert tried.algo.batch == trial.MOST * 32
+
+
+def test_a_trial_that_cannot_train_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"trial run did not begin to train.*NoSuch"):
+        trial.run(plan("quickstart", "env.id=NoSuch-v0"), tmp_path / "run", 0.1)
