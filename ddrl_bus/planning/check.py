@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from ddrl_bus.planning import calibrate
 from ddrl_bus.planning.costs import Costs
 from ddrl_bus.planning.places import Setting
 from ddrl_bus.planning.predict import as_json, predict
-from ddrl_bus.planning.trial import Company
+from ddrl_bus.planning.trial import Company, end
 from ddrl_bus.topology.plan import Plan
 
 ACTORS: Final = (1, 2, 4)
@@ -142,22 +143,23 @@ def foretold(topology: str, known: Costs, others: float = 0.0) -> dict[str, Figu
 def run(topology: str, actors: int, rate: float) -> Figures:
     """One run of about `SECONDS` at the predicted rate, as `measured`, or its `problem`."""
     steps = max(1000, round(rate * SECONDS))
-    command = [sys.executable, "-m", "ddrl_bus.cli", "run", topology, *words(topology, actors), f"stop.steps={steps}"]
-    with subprocess.Popen(
-        [*command, "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        company = Company(running.pid)
-        company.start()
-        try:
-            said, words_ = running.communicate(timeout=PATIENCE_S)
-            return measured(Path(json.loads(said)["run_dir"])) | {"others": company.mean()}
-        except subprocess.TimeoutExpired:
-            running.terminate()
-            return {"problem": f"no end within {PATIENCE_S:.0f} s"}
-        except (ValueError, UsageError):
-            return {"problem": (words_.strip().splitlines() or ["said nothing"])[-1]}
-        finally:
-            company.over.set()
+    with tempfile.TemporaryDirectory(prefix="ddrl-check-") as folder:
+        overrides = [*words(topology, actors), f"stop.steps={steps}"]
+        command = [sys.executable, "-m", "ddrl_bus.cli", "run", topology, *overrides, "--run-dir", f"{folder}/run"]
+        silent, said = subprocess.DEVNULL, subprocess.PIPE
+        with subprocess.Popen(command, stdin=silent, stdout=silent, stderr=said, text=True) as running:
+            company = Company(running.pid)
+            company.start()
+            try:
+                last = running.communicate(timeout=PATIENCE_S)[1].strip().splitlines()[-1:]
+                return measured(Path(folder) / "run") | {"others": company.mean()}
+            except subprocess.TimeoutExpired:
+                return {"problem": f"no end within {PATIENCE_S:.0f} s"}
+            except UsageError:
+                return {"problem": last[0] if last else "said nothing"}
+            finally:
+                company.over.set()
+                end(running)
 
 
 def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:

@@ -48,6 +48,7 @@ Payload = tuple[str, dict[str, Any], dict[str, Array]]
 WIDER: Final = 4
 """Costs that depend on a size are measured at the topology's and at so many times it."""
 TRIPS: Final = 75
+SUMS: Final = 50
 LOOPBACK: Final = "127.0.0.1"
 PATIENCE_S: Final = 60.0
 
@@ -426,7 +427,7 @@ def kernel(seconds: float = 0.4) -> float:
 
 
 def sums(rank: int, ranks: int, size: int, folder: Path) -> tuple[float, float]:
-    """Processor and wall time of summing `size` bytes over so many processes, each of which calls this."""
+    """Mean processor and median wall time of summing `size` bytes over so many processes, each of which calls this."""
     torch.set_num_threads(1)
     meeting = folder / f"meeting-{ranks}"
     if rank == 0:
@@ -438,10 +439,12 @@ def sums(rank: int, ranks: int, size: int, folder: Path) -> tuple[float, float]:
     among = Collective(meeting.read_text(), 1, rank, ranks, LOOPBACK, torch.device("cpu"), PATIENCE_S)
     flat = torch.zeros(max(1, size // 4))
     for _ in range(2):  # the first is for what is made once
-        began = time.process_time(), time.perf_counter()
-        for _ in range(50):
+        cpu, walls = time.process_time(), []
+        for _ in range(SUMS):
+            began = time.perf_counter()
             among.sum(flat)
-        taken = (time.process_time() - began[0]) / 50, (time.perf_counter() - began[1]) / 50
+            walls.append(time.perf_counter() - began)
+        taken = (time.process_time() - cpu) / SUMS, statistics.median(walls)
     among.gather([0])
     time.sleep(0.2)  # the others' store is the first one's
     among.close()

@@ -69,18 +69,18 @@ def run(plan: Plan, folder: Path, seconds: float = SECONDS) -> Trial:
     command = [sys.executable, "-m", "ddrl_bus.cli", "run", "--resume", str(folder), "--json"]
     silent, said = subprocess.DEVNULL, subprocess.PIPE
     with subprocess.Popen(command, stdin=silent, stdout=silent, stderr=said, text=True) as running:
+        company = Company(running.pid)
         try:
             _wait_for_training(running, folder)
-            company = Company(running.pid)
             company.start()
             first = _read(plan, folder, running.pid)
             time.sleep(seconds)
             last = _read(plan, folder, running.pid)
             if running.poll() is not None:
                 raise UsageError(f"a trial run of {plan.name} ended by itself: {_said(running)}")
-            company.over.set()
         finally:
-            _end(running)
+            company.over.set()
+            end(running)
     return _between(plan, first, last, company.mean())
 
 
@@ -109,21 +109,21 @@ def _wait_for_training(running: subprocess.Popen[str], folder: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
         if running.poll() is not None or time.monotonic() > deadline:
-            raise UsageError(f"a trial run did not begin to train within {PATIENCE_S:.0f} s: {_said(running)}")
+            raise UsageError(f"a trial run did not train within {PATIENCE_S:.0f} s: {_said(running)}")
         time.sleep(0.05)
     time.sleep(WARM_S)
 
 
 def _said(running: subprocess.Popen[str]) -> str:
     """Its last line."""
-    _end(running)
+    end(running)
     assert running.stderr is not None
     lines = running.stderr.read().strip().splitlines()
     return lines[-1] if lines else "it said nothing"
 
 
-def _end(running: subprocess.Popen[str]) -> None:
-    """Nobody needs what a node would do yet: a second signal is final."""
+def end(running: subprocess.Popen[str]) -> None:
+    """End a run, if it is not over: nobody needs what its nodes would do yet, and a second signal is final."""
     for _ in range(2):
         running.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -90,5 +90,5 @@ def test_in_lock_step_a_round_of_those_that_are_left_is_a_batch() -> None:
 
 
 def test_a_trial_that_cannot_train_says_why(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"trial run did not begin to train.*NoSuch"):
+    with pytest.raises(UsageError, match=r"trial run did not train.*NoSuch"):
         trial.run(plan("quickstart", "env.id=NoSuch-v0"), tmp_path / "run", 0.1)
