@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from ddrl_bus.launch.run_dir import read_json, write
-from ddrl_bus.planning import fit, measure, trial
+from ddrl_bus.planning import fit, measure, measure_links, trial
 from ddrl_bus.planning.costs import Costs
 from ddrl_bus.topology.plan import Plan
 from ddrl_bus.versions import versions
@@ -103,14 +103,14 @@ def _parts(plan: Plan, budget: float, replicas: Sequence[int]) -> Costs:
             points, sizes, payloads = alone.submit(measure.of_nodes, plan, path, budget).result()
         cores = len(os.sched_getaffinity(0))
         with ProcessPoolExecutor(max(2, cores), spawn) as several:
-            ends = list(several.map(partial(measure.of_links, folder=path, payloads=payloads), range(2)))
+            ends = list(several.map(partial(measure_links.of_links, folder=path, payloads=payloads), range(2)))
             speeds = _speeds(several, cores)
         size = sum(array.nbytes for array in payloads["weights"][2].values())
         worlds = {str(world): _sums(world, size, path, spawn) for world in replicas}
     sizes["node"] = ends[1].pop("resident")
     links = {link: (sends, ends[1][link]) for link, sends in ends[0].items()}
     more, one = links.pop("weights, many")[0], links["weights"][0]
-    points["subscriber"] = [(1, max(0.0, more - one) / (measure.SUBSCRIBERS["weights, many"] - 1))]
+    points["subscriber"] = [(1, max(0.0, more - one) / (measure_links.SUBSCRIBERS["weights, many"] - 1))]
     measured = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return Costs(points, links, sizes, speeds, worlds, {}, 0.0, 0.0, machine(), measured, 0.0)
 
@@ -126,6 +126,6 @@ def _speeds(pool: ProcessPoolExecutor, cores: int) -> list[float]:
 
 def _sums(world: int, size: int, path: Path, spawn: Any) -> tuple[float, float]:
     with ProcessPoolExecutor(world, spawn) as pool:
-        taken = list(pool.map(partial(measure.sums, ranks=world, size=size, folder=path), range(world)))
+        taken = list(pool.map(partial(measure_links.sums, ranks=world, size=size, folder=path), range(world)))
     cpu, wall = np.mean(taken, axis=0).tolist()
     return cpu, wall

@@ -29,7 +29,7 @@ def worker(world: World, node: Place, batches: Batches) -> Activity:
             version = max(version, (yield answers.take()))
         has_gradient, batches.version = True, version
         world.sim.start(world.publish(node, version, thread))
-        yield trainer.work(world.noisy(world.costs.at("load")))
+        yield trainer.work(world.noisy(world.costs.at("adopt")))
         yield batches.ready.take()
         yield trainer.work(world.noisy(world.costs.at("update", world.batch)))
         batches.filled -= 1

@@ -8,7 +8,10 @@ POINTS = {
     "step": [(8, 0.1 * MS), (32, 0.2 * MS)],
     "infer": [(8, 0.1 * MS), (32, 0.2 * MS)],
     "update": [(32, 2 * MS), (128, 4 * MS)],
-    **{name: [(1, 0.1 * MS)] for name in ("load", "copy", "insert", "draw", "prioritise", "apply", "inside", "asked")},
+    **{
+        name: [(1, 0.1 * MS)]
+        for name in ("load", "copy", "insert", "draw", "prioritise", "apply", "inside", "asked", "adopt")
+    },
     "evaluate": [(20, 0.1 * MS)],
     "subscriber": [(1, 1e-6)],
 }

@@ -16,7 +16,7 @@ from made_up import COSTS, MS, POINTS
 from ddrl_bus.errors import DdrlError, UsageError
 from ddrl_bus.launch.catalog import packaged
 from ddrl_bus.launch.start import plan_of
-from ddrl_bus.planning import calibrate, check, report
+from ddrl_bus.planning import calibrate, check, fit, report
 from ddrl_bus.planning import predict as module
 from ddrl_bus.planning.costs import Costs
 from ddrl_bus.planning.places import Setting
@@ -277,6 +277,7 @@ def test_the_command_refuses(
 
 def test_costs_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fit, "EVENTS", 2_000)
     small = plan("quickstart", "nodes.actor.envs=4", "algo.batch=4")
 
     measured = calibrate.of(small, budget=0.005, seconds=1.0)
