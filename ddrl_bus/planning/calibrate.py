@@ -112,7 +112,7 @@ def _parts(plan: Plan, budget: float, replicas: Sequence[int]) -> Costs:
     more, one = links.pop("weights, many")[0], links["weights"][0]
     points["subscriber"] = [(1, max(0.0, more - one) / (measure_links.SUBSCRIBERS["weights, many"] - 1))]
     measured = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Costs(points, links, sizes, speeds, worlds, {}, 0.0, 0.0, machine(), measured, 0.0)
+    return Costs(points, links, sizes, speeds, worlds, {}, 0.0, 0.0, 0.0, machine(), measured, 0.0)
 
 
 def _speeds(pool: ProcessPoolExecutor, cores: int) -> list[float]:

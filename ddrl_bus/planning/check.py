@@ -172,7 +172,7 @@ def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
             "predicted_at": _now(),
             "machine": known.machine,
             "words": words(topology, 2),
-            "fitted": {"levels": known.levels, "hop": known.hop, "took": known.took},
+            "fitted": {name: getattr(known, name) for name in ("levels", "locked", "hop", "took")},
         }
         _keep(path, records)
     if not runs:

@@ -24,6 +24,8 @@ class Costs:
     """Replicas → seconds of a sum at each, and what it takes by the clock."""
     levels: Mapping[str, float]
     """Kind of process, as of a trial → how many times as much all its work takes in a run."""
+    locked: float
+    """Share of an event loop's work for which the learner beside it waits: for Python's lock."""
     hop: float
     """Seconds by the clock until whoever sleeps has woken up for a message."""
     besides: float

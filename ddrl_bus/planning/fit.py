@@ -1,7 +1,8 @@
 """From what parts cost alone to what they cost in a run: costs under which the simulation does as a trial did.
 
-    levels    each kind of process takes as much processor time an env step as the kernel counted
-    hop       with these, env steps come as fast as they came
+    levels       each kind of process takes as much processor time an env step as the kernel counted
+    locked, hop  with these, env steps come as fast as they came: first learners wait for their event loops as long as
+                 Python's lock may make them, and what is left then are the times until sleepers wake up
 
 The parts still say how a process's time is shared out among what it does, and how that grows with sizes and counts.
 """
@@ -20,23 +21,31 @@ from ddrl_bus.topology.plan import Plan
 
 EVENTS: Final = 12_000
 ROUNDS: Final = 3
-HALVINGS: Final = 7
+HALVINGS: Final = 8
+MOST_LOCKED: Final = 0.7
+"""An update needs the lock for all but what torch does in one go, such as backward passes."""
 SLOWEST_HOP_S: Final = 2e-3
 
 
 def fitted(plan: Plan, costs: Costs, trial: Trial) -> Costs:
-    """The costs with levels and hop of the trial. Where no hop explains what it took, none is assumed."""
-    alone = replace(costs, besides=trial.besides, hop=0.0)
+    """The costs with levels and waits of the trial. Where no hop explains what it took, none is assumed."""
+    costs = replace(costs, besides=trial.besides)
     for _ in range(ROUNDS):  # what work takes of a core's time depends on what goes on beside it, and that on this
-        alone, _ = _levelled(plan, alone, trial)
-    _, rate = _levelled(plan, replace(alone, hop=SLOWEST_HOP_S), trial)
+        costs, _ = _levelled(plan, _waiting(costs, 1.0), trial)
+    _, rate = _levelled(plan, _waiting(costs, 2.0), trial)
     if rate > trial.env_steps_per_s:
-        return alone
-    low, high, found = 0.0, SLOWEST_HOP_S, alone
+        return costs
+    low, high = 0.0, 2.0
     for _ in range(HALVINGS):
-        found, rate = _levelled(plan, replace(found, hop=(low + high) / 2), trial)
-        low, high = (found.hop, high) if rate > trial.env_steps_per_s else (low, found.hop)
-    return found
+        middle = (low + high) / 2
+        costs, rate = _levelled(plan, _waiting(costs, middle), trial)
+        low, high = (middle, high) if rate > trial.env_steps_per_s else (low, middle)
+    return costs
+
+
+def _waiting(costs: Costs, much: float) -> Costs:
+    """From 0 to 1 learners wait for their lock, up to 2 everybody for hops as well."""
+    return replace(costs, locked=MOST_LOCKED * min(1.0, much), hop=SLOWEST_HOP_S * max(0.0, much - 1))
 
 
 def _levelled(plan: Plan, costs: Costs, trial: Trial) -> tuple[Costs, float]:

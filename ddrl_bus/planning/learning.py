@@ -77,7 +77,7 @@ def samples(world: World, node: Place, batches: Batches) -> Activity:
 
 def train(world: World, node: Place, batches: Batches) -> Activity:
     """Update after update, in step with the other replicas where there are some; weights are published."""
-    trainer, thread, learners = world.trainer(node), world.thread(node), len(world.of("learner"))
+    thread, learners = world.thread(node), len(world.of("learner"))
     works, waits = _update(world, learners)
     votes = 2 * (learners - 1) * world.costs.links["weights"][1] if learners > 1 else 0.0
     leads = learners == 1 or node.index == 0 or node.bundle is not None
@@ -90,7 +90,7 @@ def train(world: World, node: Place, batches: Batches) -> Activity:
             yield world.barrier.meet
         _trained(world, versions, batches.version)
         batches.filled -= 1
-        yield trainer.work(world.noisy(works))
+        yield from world.trained(node, works)
         if world.barrier and waits:
             yield world.sim.sleep(world.noisy(waits))
             yield world.barrier.meet

@@ -31,7 +31,7 @@ def worker(world: World, node: Place, batches: Batches) -> Activity:
         world.sim.start(world.publish(node, version, thread))
         yield trainer.work(world.noisy(world.costs.at("adopt")))
         yield batches.ready.take()
-        yield trainer.work(world.noisy(world.costs.at("update", world.batch)))
+        yield from world.trained(node, world.costs.at("update", world.batch))
         batches.filled -= 1
         batches.free.put(None)
         world.updates += 1

@@ -182,9 +182,18 @@ class Thread:
 
         self._cpu.work(seconds, finished)
 
+    def stall(self, seconds: float) -> Wait:
+        """Keep it from working on, for so long by the clock; it needs no core meanwhile."""
+
+        def begin(resume: Resume) -> None:
+            self._busy += seconds
+            self._sim.at(self._sim.now + seconds, resume)
+
+        return begin
+
     @property
     def busy(self) -> float:
-        """Seconds in which it had work, done at whatever pace."""
+        """Seconds in which it had work, done at whatever pace, or was stalled."""
         return self._busy + (self._sim.now - self._began if self._working else 0.0)
 
 

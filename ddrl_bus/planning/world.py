@@ -142,6 +142,13 @@ class World:
             self.trainers[node.name] = self._thread(node, node.bundle or "trainer")
         return self.trainers[node.name]
 
+    def trained(self, node: Place, seconds: float) -> Activity:
+        """So much work on a learner's network, which its event loop keeps from Python's lock meanwhile."""
+        trainer, thread = self.trainer(node), self.thread(node)
+        before = thread.busy
+        yield trainer.work(self.noisy(seconds))
+        yield trainer.stall(self.costs.locked * (thread.busy - before))
+
     def _thread(self, node: Place, kind: str) -> Thread:
         thread = Thread(self.sim, self.machines[node.host].cpu, self.costs.levels.get(kind, 1.0))
         self.kinds[kind].append(thread)

@@ -42,7 +42,7 @@ def as_if_run(topology: Plan, costs: Costs, others: float = 0.0) -> Trial:
 
 @pytest.mark.parametrize(("speeds", "others"), [([1.0, 2.0], 0.0), ([1.0, 1.3], 0.0), ([1.0, 2.0], 3.0)])
 def test_levels_are_found_whatever_cores_share_and_whoever_is_there(speeds: list[float], others: float) -> None:
-    truth = replace(COSTS, speeds=speeds, levels=LEVELS, besides=0.1)
+    truth = replace(COSTS, speeds=speeds, levels=LEVELS, locked=0.4, besides=0.1)
     ran = as_if_run(plan("quickstart"), truth, others)
 
     found = fit.fitted(plan("quickstart"), replace(COSTS, speeds=speeds), ran)
@@ -54,7 +54,7 @@ def test_levels_are_found_whatever_cores_share_and_whoever_is_there(speeds: list
 
 
 def test_what_is_not_work_is_a_hop() -> None:
-    truth = replace(COSTS, levels=LEVELS, hop=0.6 * MS)
+    truth = replace(COSTS, levels=LEVELS, locked=fit.MOST_LOCKED, hop=0.6 * MS)
 
     found = fit.fitted(plan("a2c"), COSTS, as_if_run(plan("a2c"), truth))
 
@@ -67,6 +67,18 @@ def test_a_hop_that_would_not_explain_it_is_none() -> None:
 
     found = fit.fitted(plan("quickstart"), COSTS, replace(ran, env_steps_per_s=ran.env_steps_per_s / 20))
 
+    assert found.hop == 0
+
+
+def test_a_learner_that_waits_for_its_event_loop_is_found_out() -> None:
+    crowded = replace(plan("quickstart"), links=plan("quickstart", "links.trajectories.window=4").links)
+    truth = replace(
+        COSTS, speeds=[1.0, 2.0, 3.0, 4.0], levels={"actor": 0.4, "learner": 2.0, "trainer": 1.0}, locked=0.5
+    )
+
+    found = fit.fitted(crowded, replace(COSTS, speeds=truth.speeds), as_if_run(crowded, truth))
+
+    assert found.locked == pytest.approx(truth.locked, abs=0.1)
     assert found.hop == 0
 
 

@@ -68,6 +68,22 @@ def test_time_on_a_core_counts_whether_or_not_much_gets_done() -> None:
     assert [thread.done for thread in threads] == pytest.approx([1.0, 3.0])
 
 
+def test_a_stalled_thread_is_busy_and_takes_no_core() -> None:
+    sim, ends = Simulation(), []
+    cpu = Cpu(sim, [1.0])
+    stalled = Thread(sim, cpu)
+
+    def activity() -> Activity:
+        yield stalled.stall(2.0)
+
+    sim.start(activity())
+    sim.start(work(Thread(sim, cpu), 1.0, ends, sim))
+    sim.run(4.0)
+
+    assert ends == pytest.approx([1.0])
+    assert (stalled.busy, stalled.done) == (2.0, 0.0)
+
+
 def test_a_thread_does_one_thing_after_the_other() -> None:
     sim, ends = Simulation(), []
     thread = Thread(sim, Cpu(sim, [1.0, 2.0]))
