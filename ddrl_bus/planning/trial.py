@@ -28,7 +28,7 @@ from ddrl_bus.transport import ledger
 SECONDS: Final = 6.0
 WARM_S: Final = 1.0
 """From the first update on, which are left out."""
-PATIENCE_S: Final = 60.0
+PATIENCE_S: Final = 120.0
 END_S: Final = 3.0
 MOST: Final = 4
 """Nodes of a group, at most."""
@@ -85,13 +85,15 @@ def run(plan: Plan, folder: Path, seconds: float = SECONDS) -> Trial:
 
 
 def alone(plan: Plan) -> Plan:
-    """All on one host, for as long as it is let, and not more of it than a machine may be asked to hold."""
-    host = next(iter(plan.hosts))
-    groups = {}
+    """All on one host, without an end, and not more of it than a machine may be asked to hold; evaluators only where
+    nobody else listens."""
+    host, groups = next(iter(plan.hosts)), {}
+    evaluators = {name for name, options in plan.groups.items() if options.kind == "evaluator"}
+    needed = {name for link in plan.links.values() if evaluators.issuperset(link.targets) for name in link.targets}
     for name, options in plan.groups.items():
-        count = 0 if options.kind == "evaluator" else min(MOST, options.count)
+        count = 0 if name in evaluators - needed else min(MOST, options.count)
         groups[name] = options.model_copy(update={"count": count, "host": (host,)})
-    smaller = replace(plan, groups=groups, stop=StopSettings())
+    smaller = replace(plan, groups=groups, hosts={host: plan.hosts[host]}, stop=StopSettings())
     if plan.links["trajectories"].max_lag != 0:
         return smaller
     batch = plan.algo.batch * _round(smaller) // _round(plan)  # a round of all is a batch

@@ -95,6 +95,12 @@ def test_a_trial_is_small_endless_and_here(monkeypatch: pytest.MonkeyPatch) -> N
     assert tried.stop.steps is None
 
 
+def test_an_evaluator_to_whom_alone_a_link_goes_is_tried_too() -> None:
+    tried = trial.alone(plan_of("gorila", probe=False, starts=False))
+
+    assert tried.groups["evaluator"].count == 1
+
+
 def test_in_lock_step_a_round_of_those_that_are_left_is_a_batch() -> None:
     tried = trial.alone(plan("a2c", "nodes.actor.count=8", "algo.batch=256"))
 
