@@ -3,6 +3,7 @@
     levels       each kind of process takes as much processor time an env step as the kernel counted
     locked, hop  with these, env steps come as fast as they came: first learners wait for their event loops as long as
                  Python's lock may make them, and what is left then are the times until sleepers wake up
+    besides      where waiting does not explain it, because there is always other work: threads that take cores
 
 The parts still say how a process's time is shared out among what it does, and how that grows with sizes and counts.
 """
@@ -10,6 +11,7 @@ The parts still say how a process's time is shared out among what it does, and h
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from ddrl_bus.planning.costs import Costs
@@ -28,17 +30,16 @@ SLOWEST_HOP_S: Final = 2e-3
 
 
 def fitted(plan: Plan, costs: Costs, trial: Trial) -> Costs:
-    """The costs with levels and waits of the trial. Where no hop explains what it took, none is assumed."""
+    """The costs with levels and waits of the trial."""
     costs = replace(costs, besides=trial.besides)
     for _ in range(ROUNDS):  # what work takes of a core's time depends on what goes on beside it, and that on this
         costs, _ = _levelled(plan, _waiting(costs, 1.0), trial)
     _, rate = _levelled(plan, _waiting(costs, 2.0), trial)
-    if rate > trial.env_steps_per_s:
-        return costs
+    explained = _waiting if rate <= trial.env_steps_per_s else partial(_crowded, besides=trial.besides)
     low, high = 0.0, 2.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        costs, rate = _levelled(plan, _waiting(costs, middle), trial)
+        costs, rate = _levelled(plan, explained(costs, middle), trial)
         low, high = (middle, high) if rate > trial.env_steps_per_s else (low, middle)
     return costs
 
@@ -46,6 +47,11 @@ def fitted(plan: Plan, costs: Costs, trial: Trial) -> Costs:
 def _waiting(costs: Costs, much: float) -> Costs:
     """From 0 to 1 learners wait for their lock, up to 2 everybody for hops as well."""
     return replace(costs, locked=MOST_LOCKED * min(1.0, much), hop=SLOWEST_HOP_S * max(0.0, much - 1))
+
+
+def _crowded(costs: Costs, much: float, besides: float) -> Costs:
+    """No hop is slow enough where others have work meanwhile: so many threads more are always busy."""
+    return replace(_waiting(costs, 1.0), besides=besides + much)
 
 
 def _levelled(plan: Plan, costs: Costs, trial: Trial) -> tuple[Costs, float]:

@@ -62,12 +62,14 @@ def test_what_is_not_work_is_a_hop() -> None:
     assert found.levels == pytest.approx(LEVELS, rel=0.05)
 
 
-def test_a_hop_that_would_not_explain_it_is_none() -> None:
-    ran = as_if_run(plan("quickstart"), COSTS)
+def test_what_no_hop_explains_takes_cores() -> None:
+    truth = replace(COSTS, locked=fit.MOST_LOCKED, besides=0.5)
+    crowded = plan("quickstart", "nodes.actor.count=4")
 
-    found = fit.fitted(plan("quickstart"), COSTS, replace(ran, env_steps_per_s=ran.env_steps_per_s / 20))
+    found = fit.fitted(crowded, COSTS, replace(as_if_run(crowded, truth), besides=0.0))
 
     assert found.hop == 0
+    assert found.besides == pytest.approx(0.5, abs=0.15)
 
 
 def test_a_learner_that_waits_for_its_event_loop_is_found_out() -> None:
