@@ -151,11 +151,11 @@ def plan(
 ) -> None:
     """Predict what a topology will do: rates, idle time, staleness, traffic, memory, and what binds.
 
-    What its parts cost is measured on this machine at first, which takes up to a minute, and kept.
+    What its parts cost is measured on this machine at first, with a short run, which takes half a minute, and kept.
     """
     from ddrl_bus.launch import run_dir
     from ddrl_bus.planning import report
-    from ddrl_bus.planning.model import Setting
+    from ddrl_bus.planning.places import Setting
 
     topology, overrides = split(words)
     if check is not None and (topology or sweep):

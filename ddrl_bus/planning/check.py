@@ -11,17 +11,14 @@ With --predict nothing is run, and with --measure nothing is predicted: the runs
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-
-import psutil
 
 from ddrl_bus.bench import history
 from ddrl_bus.errors import DdrlError, UsageError
@@ -29,9 +26,12 @@ from ddrl_bus.launch.catalog import load_lock
 from ddrl_bus.launch.closing import CLOSING, lives
 from ddrl_bus.launch.run_dir import read_json, write
 from ddrl_bus.launch.start import plan_of
-from ddrl_bus.planning import costs
-from ddrl_bus.planning.model import Setting
-from ddrl_bus.planning.predict import Prediction, as_json, predict
+from ddrl_bus.metrics import WAITS
+from ddrl_bus.planning import calibrate
+from ddrl_bus.planning.costs import Costs
+from ddrl_bus.planning.places import Setting
+from ddrl_bus.planning.predict import as_json, predict
+from ddrl_bus.planning.trial import Company, end
 from ddrl_bus.topology.plan import Plan
 
 ACTORS: Final = (1, 2, 4)
@@ -68,8 +68,7 @@ def measured(run: Path) -> Figures:
         raise UsageError(f"{run}: no rate in {CLOSING}, expected a run that is over and has trained for a few seconds")
     rate, seen = closing["steps_per_s"], history.read(run)
     seconds = closing["env_steps"] / rate
-    learners = [parts for node, parts in closing["shares"].items() if node.startswith("learner") and parts]
-    idle = [sum(parts.get(f"{what}_wait", 0.0) for what in ("queue", "replicas", "weights")) for parts in learners]
+    idle = [_idle(parts) for node, parts in closing["shares"].items() if node.startswith("learner") and parts]
     lags = [lag.mean for lag in seen.lags[1:] or seen.lags]
     return {
         "env_steps_per_s": rate,
@@ -78,6 +77,12 @@ def measured(run: Path) -> Figures:
         "staleness": sum(lags) / len(lags) if lags else None,
         "bytes_per_s": {link: size / seconds for link, size in _bytes(run).items()},
     }
+
+
+def _idle(parts: Mapping[str, float]) -> float:
+    """Share of the time in which a learner's thread stood idle: it waited for others, or its work was handed over."""
+    waited = sum(parts.get(what, 0.0) for what in WAITS)
+    return waited + (1 - waited) * parts.get("handoff", 0.0)
 
 
 def _bytes(run: Path) -> dict[str, float]:
@@ -130,74 +135,44 @@ def case_plan(topology: str, actors: int) -> Plan:
     return plan_of(topology, words(topology, actors), probe=False, starts=False)
 
 
-def foretold(topology: str, *, calibrate: bool) -> dict[str, Figures]:
+def foretold(topology: str, known: Costs, others: float = 0.0) -> dict[str, Figures]:
     """Predictions by number of actors."""
-    known = costs.of(case_plan(topology, 2), calibrate=calibrate)
-    return {str(n): as_json(_one(case_plan(topology, n), known)) for n in ACTORS}
-
-
-def _one(plan: Plan, known: costs.Costs) -> Prediction:
-    return predict(plan, known, Setting())
+    return {str(n): as_json(predict(case_plan(topology, n), known, Setting(others=others))) for n in ACTORS}
 
 
 def run(topology: str, actors: int, rate: float) -> Figures:
     """One run of about `SECONDS` at the predicted rate, as `measured`, or its `problem`."""
     steps = max(1000, round(rate * SECONDS))
-    command = [sys.executable, "-m", "ddrl_bus.cli", "run", topology, *words(topology, actors), f"stop.steps={steps}"]
-    with subprocess.Popen(
-        [*command, "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        company = Company(running.pid)
-        company.start()
-        try:
-            said, words_ = running.communicate(timeout=PATIENCE_S)
-            return measured(Path(json.loads(said)["run_dir"])) | {"others": company.mean()}
-        except subprocess.TimeoutExpired:
-            running.terminate()
-            return {"problem": f"no end within {PATIENCE_S:.0f} s"}
-        except (ValueError, UsageError):
-            return {"problem": (words_.strip().splitlines() or ["said nothing"])[-1]}
-        finally:
-            company.over.set()
-
-
-class Company(threading.Thread):
-    """Counts the threads of other programs that run or wait for a core, now and then, while a process lives."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self._process = psutil.Process(pid)
-        self._counts: list[int] = []
-        self.over = threading.Event()
-
-    def run(self) -> None:
-        while not self.over.wait(0.2):
-            with contextlib.suppress(psutil.Error, OSError):
-                tree = [self._process, *self._process.children(recursive=True)]
-                mine = sum(_runs(task) for process in tree for task in Path(f"/proc/{process.pid}/task").iterdir())
-                (line,) = (line for line in Path("/proc/stat").read_text().splitlines() if "procs_running" in line)
-                self._counts.append(max(0, int(line.split()[1]) - mine - 1))  # but for this one
-
-    def mean(self) -> float:
-        return round(sum(self._counts) / max(1, len(self._counts)), 1)
-
-
-def _runs(task: Path) -> bool:
-    try:
-        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
-    except OSError:
-        return False
+    with tempfile.TemporaryDirectory(prefix="ddrl-check-") as folder:
+        overrides = [*words(topology, actors), f"stop.steps={steps}"]
+        command = [sys.executable, "-m", "ddrl_bus.cli", "run", topology, *overrides, "--run-dir", f"{folder}/run"]
+        silent, said = subprocess.DEVNULL, subprocess.PIPE
+        with subprocess.Popen(command, stdin=silent, stdout=silent, stderr=said, text=True) as running:
+            company = Company(running.pid)
+            company.start()
+            try:
+                last = running.communicate(timeout=PATIENCE_S)[1].strip().splitlines()[-1:]
+                return measured(Path(folder) / "run") | {"others": company.mean()}
+            except subprocess.TimeoutExpired:
+                return {"problem": f"no end within {PATIENCE_S:.0f} s"}
+            except UsageError:
+                return {"problem": last[0] if last else "said nothing"}
+            finally:
+                company.over.set()
+                end(running)
 
 
 def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
     """Predict, write it down, run, write that down."""
     records: dict[str, Any] = read_json(path) or {}
     if predicts:
+        known = calibrate.of(case_plan(topology, 2), calibrate=True)
         records[topology] = {
-            "predicted": foretold(topology, calibrate=True),
+            "predicted": foretold(topology, known),
             "predicted_at": _now(),
-            "machine": costs.machine(),
+            "machine": known.machine,
             "words": words(topology, 2),
+            "fitted": {name: getattr(known, name) for name in ("levels", "locked", "hop", "took")},
         }
         _keep(path, records)
     if not runs:
@@ -210,9 +185,9 @@ def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
         prediction = record["predicted"][str(n)]
         found = run(topology, n, prediction["env_steps_per_s"])
         if "others" in found:
-            plan = case_plan(topology, n)
-            alongside = predict(plan, costs.of(case_plan(topology, 2)), Setting(others=found["others"]))
-            found["predicted_beside_them"] = round(alongside.env_steps_per_s)
+            known = calibrate.of(case_plan(topology, 2))
+            beside = predict(case_plan(topology, n), known, Setting(others=found["others"]))
+            found["predicted_beside_them"] = round(beside.env_steps_per_s)
         record["measured"][str(n)] = found
         record["measured_at"] = _now()
         _keep(path, records)
@@ -220,6 +195,7 @@ def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
 
 
 def _keep(path: Path, records: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(records, indent=1, sort_keys=True) + "\n")
 
 
@@ -258,7 +234,7 @@ def main() -> None:
         if unknown := [name for name in args.topologies if name not in CASES]:
             raise UsageError(f"no reference topology {unknown[0]!r}; have {', '.join(CASES)}")
         for topology in args.topologies or CASES:
-            check(topology, args.output, predicts=not args.measure, runs=not args.predict)
+            check(topology, args.output.resolve(), predicts=not args.measure, runs=not args.predict)
     except DdrlError as error:
         sys.exit(f"error: {error}")
 

@@ -1,9 +1,7 @@
 """What the parts of a topology's nodes cost here, in seconds of one core.
 
-Nodes are made as a run makes them, and what they do on their compute threads is called in turn (`of_nodes`); link ends
-carry what those nodes would send between two processes, whose time counts with that of ZeroMQ's threads (`of_links`).
-It is processor time that is counted, so that others on the machine disturb it little. Every function here runs in a
-process of its own.
+Nodes are made as a run makes them, and what they do on their compute threads is called in turn. It is processor time
+that is counted, so that others on the machine disturb it little. `of_nodes` and `kernel` run in processes of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -30,7 +28,6 @@ from ddrl_bus.launch.malloc import keep_freed_memory
 from ddrl_bus.messages import Actions, Gradient, Parameters, Sampled, Trajectory, Weights, fields_of
 from ddrl_bus.nodes.base import Node, node_class
 from ddrl_bus.nodes.batches import allocator, check
-from ddrl_bus.nodes.collective import Collective, Rendezvous
 from ddrl_bus.nodes.env_faults import EnvFaults
 from ddrl_bus.nodes.groups import Group
 from ddrl_bus.nodes.trainer import make_algorithm
@@ -47,9 +44,7 @@ Payload = tuple[str, dict[str, Any], dict[str, Array]]
 
 WIDER: Final = 4
 """Costs that depend on a size are measured at the topology's and at so many times it."""
-TRIPS: Final = 150
-LOOPBACK: Final = "127.0.0.1"
-PATIENCE_S: Final = 60.0
+TRIPS: Final = 75
 
 
 def seconds_of(work: Callable[[], object], budget: float, least: int = 3) -> float:
@@ -117,20 +112,17 @@ class Nodes:
     async def inside(self) -> None:
         """A message between two nodes of one process, both ends and the ways to their threads together."""
         kind, fields, arrays = self.payloads["trajectories"]
-        bus, thread, loop = (
-            Bus("calibration-0", 1, Ledger(), self.hub),
-            ThreadPoolExecutor(1),
-            asyncio.get_running_loop(),
-        )
+        bus, thread = Bus("calibration-0", 1, Ledger(), self.hub), ThreadPoolExecutor(1)
+        loop = asyncio.get_running_loop()
         receiver = bus.receiver("trajectories", ["memory://calibration"], 2)
         sender = bus.sender("trajectories", {"calibration-0": "memory://calibration"})
         for trip in range(2 * TRIPS):
             if trip == TRIPS:
                 began = time.process_time()
-            await loop.run_in_executor(thread, _nothing)
+            await loop.run_in_executor(thread, nothing)
             await sender.send(Arena.of(kind, arrays), fields)
             await receiver.recv()
-            await loop.run_in_executor(thread, _nothing)
+            await loop.run_in_executor(thread, nothing)
         self.points["inside"] = [(1, (time.process_time() - began) / TRIPS)]
 
     async def actor(self) -> Message:
@@ -156,47 +148,45 @@ class Nodes:
         node._load()
 
     async def env_actor(self, node: Any) -> Message:
-        """Stepping groups, and inference for them."""
+        """Stepping groups, and inference for them; returns an unroll."""
         inference: Any = self.first("inference")
         await inference.start()
-        envs, faults = node.envs, EnvFaults(node.env_faults, node.log)
-        predictor, newest = inference.predictors[0], self.weights[0]
-        self.note("load", lambda: predictor.policy.load(newest.arrays))
-        unroll: Message | None = None
+        self.note("load", lambda: inference.predictors[0].policy.load(self.weights[0].arrays))
+        sent = self._asked(node, inference, node.envs)
+        self._asked(node, inference, WIDER * node.envs)
+        for name in ("act", "actions"):
+            self.message(name, sent[name])
+        return self.message("trajectories", sent["trajectories"])
+
+    def _asked(self, node: Any, inference: Any, envs: int) -> dict[str, Payload]:
+        """A group's questions and their answers, over three unrolls; returns what goes over the links meanwhile."""
+        node.envs, faults, clock = envs, EnvFaults(node.env_faults, node.log), time.process_time
+        group = node._new_group(0, None)
+        assembler = None if node.trajectories else inference._new_group(("x", 0), 1, 0, np.zeros(envs)).assembler
+        initial = partial(memory.initial, self.plan.algo, node.spaces, envs)
+        asked = Group(1, 0, initial, np.zeros(envs, np.float32), assembler)
         played: Any = None
-        for number in (envs, WIDER * envs):
-            node.envs = number
-            group = node._new_group(0, None)
-            assembler = None if node.trajectories else inference._new_group(("x", 0), 1, 0, np.zeros(number)).assembler
-            initial = partial(memory.initial, self.plan.algo, node.spaces, number)
-            asked = Group(1, 0, initial, np.zeros(number, np.float32), assembler)
-            asks, infers, steps = [], [], []
-            for _ in range(3 * node.schema.unroll):
-                times = [time.process_time()]
-                ended, _ = asked.asks(group.act, group.arrays)
-                times.append(time.process_time())
-                predictor.answer([asked], newest)
-                times.append(time.process_time())
-                assert asked.actions is not None
-                told = fields_of(group.act), group.arrays
-                said = fields_of(asked.actions), asked.arrays
-                answer = decode(bytes(encode(Actions.KIND, "inference-0", 1, 1, *said)))
-                began = time.process_time()
-                ended = node._step(group, answer, faults) or ended
-                steps.append(time.process_time() - began)
-                asks.append(times[1] - times[0])
-                infers.append(times[2] - times[1])
-                if ended is not None and number == envs:
-                    played = ended
-            for what, taken in (("asked", asks), ("infer", infers), ("step", steps)):
-                self.points.setdefault(what, []).append((number, statistics.median(taken)))
-            if number == envs:
-                self.message("act", ("act", *told))
-                self.message("actions", (Actions.KIND, *said))
-                arena, fields = played
-                unroll = self.message("trajectories", (Trajectory.KIND, fields, dict(arena.arrays)))
-        assert unroll is not None
-        return unroll
+        taken: dict[str, list[float]] = {"asked": [], "infer": [], "step": []}
+        for _ in range(3 * node.schema.unroll):
+            told = "act", fields_of(group.act), group.arrays
+            times = [clock()]
+            assembled, _ = asked.asks(group.act, group.arrays)
+            times.append(clock())
+            inference.predictors[0].answer([asked], self.weights[0])
+            times.append(clock())
+            assert asked.actions is not None
+            said = Actions.KIND, fields_of(asked.actions), asked.arrays
+            answer = decode(bytes(encode(said[0], "inference-0", 1, 1, *said[1:])))
+            began = clock()
+            ended = node._step(group, answer, faults) or assembled
+            steps = clock() - began
+            for what, seconds in zip(taken, (times[1] - times[0], times[2] - times[1], steps), strict=True):
+                taken[what].append(seconds)
+            played = ended or played
+        for what, all_of_it in taken.items():
+            self.points.setdefault(what, []).append((envs, statistics.median(all_of_it)))
+        arena, fields = played
+        return {"act": told, "actions": said, "trajectories": (Trajectory.KIND, fields, dict(arena.arrays))}
 
     async def evaluator(self) -> None:
         """A step of all its episodes."""
@@ -262,7 +252,7 @@ class Nodes:
             node.slot = slots[0]
             self.note("update", node._gradient, slots[0].width)
             self.server(node._gradient()[0], slots[0])
-            self.note("load", lambda: node.algo.load({n: a.copy() for n, a in node.algo.weights().items()}, 0))
+            self.note("adopt", lambda: node.algo.load({n: a.copy() for n, a in node.algo.weights().items()}, 0))
             return
         for slot in slots:
             self.note("update", partial(node._update, slot), slot.width)
@@ -302,119 +292,8 @@ def of_nodes(plan: Plan, folder: Path, budget: float) -> tuple[dict[str, Points]
     return {name: sorted(points) for name, points in nodes.points.items()}, nodes.sizes, nodes.payloads
 
 
-# ---- links
-
-PAIRS: Final = {
-    "trajectories": ("trajectories", None),
-    "weights": ("weights", None),
-    "weights, many": ("weights", None),
-    "act": ("act", "actions"),
-    "samples": ("sample", "samples"),
-    "gradients": ("gradients", "parameters"),
-}
-"""Link → payloads there and back."""
-SUBSCRIBERS: Final = {"weights": 1, "weights, many": 9}
-PAUSE_S: Final = 0.004
-
-
-def of_links(side: int, folder: Path, payloads: Mapping[str, Payload]) -> dict[str, tuple[float, float]]:
-    """Of each link of which there are payloads: processor and wall time of a message (a round trip) at this side, 0
-    that sends or asks and 1 that receives or answers. Also the memory of a node without torch, as `resident`."""
-    keep_freed_memory()
-    return asyncio.run((_sending, _receiving)[side](f"ipc://{folder}", payloads))
-
-
-def _links(payloads: Mapping[str, Payload]) -> list[tuple[str, Payload, Payload | None]]:
-    return [
-        (link, payloads[up], payloads[down] if down else None) for link, (up, down) in PAIRS.items() if up in payloads
-    ]
-
-
-async def _sending(folder: str, payloads: Mapping[str, Payload]) -> dict[str, tuple[float, float]]:
-    bus, thread, loop = Bus("calibration-0", 1, Ledger()), ThreadPoolExecutor(1), asyncio.get_running_loop()
-    taken = {}
-    for link, up, down in _links(payloads):
-        send = _sender(bus, f"{folder}/{link}", link, up, down is not None)
-        for trip in range(2 * TRIPS):
-            if trip == TRIPS:
-                began = time.process_time(), time.perf_counter()
-            await loop.run_in_executor(thread, _nothing)
-            await send()
-        taken[link] = (time.process_time() - began[0]) / TRIPS, (time.perf_counter() - began[1]) / TRIPS
-        if link in SUBSCRIBERS:
-            taken[link] = max(0.0, taken[link][0] - await _paused(loop, thread)), 0.0
-        await asyncio.sleep(0.05)
-    bus.close()
-    return taken
-
-
-def _sender(bus: Bus, address: str, link: str, payload: Payload, answered: bool) -> Callable[[], Awaitable[Any]]:
-    kind, fields, arrays = payload
-    if answered:
-        return partial(bus.client(link, address).request, kind, fields, arrays, timeout_s=PATIENCE_S)
-    if link in SUBSCRIBERS:
-        return partial(_published, bus.publisher(link, [address]), arrays, iter(range(1, 2 * TRIPS + 1)))
-    sender = bus.sender(link, {"calibration-1": address})
-    return lambda: sender.send(Arena.of(kind, arrays), fields)
-
-
-async def _paused(loop: asyncio.AbstractEventLoop, thread: ThreadPoolExecutor) -> float:
-    """Processor time of a turn that publishes nothing."""
-    began = time.process_time()
-    for _ in range(TRIPS):
-        await loop.run_in_executor(thread, _nothing)
-        await asyncio.sleep(PAUSE_S)
-    return (time.process_time() - began) / TRIPS
-
-
-async def _published(publisher: Any, arrays: Mapping[str, Array], versions: Iterator[int]) -> None:
-    """The next version, and time for it to be heard, for the newest wins."""
-    version = next(versions)
-    publisher.publish(version, Arena.of(Weights.KIND, arrays), fields_of(Weights(0, version)))
-    await asyncio.sleep(PAUSE_S)
-
-
-async def _receiving(folder: str, payloads: Mapping[str, Payload]) -> dict[str, tuple[float, float]]:
-    bus, thread, loop = Bus("calibration-1", 1, Ledger()), ThreadPoolExecutor(1), asyncio.get_running_loop()
-    taken = {}
-    ends = {link: _receiver(bus, folder, link, down) for link, _, down in _links(payloads)}
-    for link, receive in ends.items():
-        trip = 0
-        began = time.process_time(), time.perf_counter()
-        while trip < 2 * TRIPS:
-            message = await receive()
-            trip = message.fields["updates"] if link in SUBSCRIBERS else trip + 1  # some may have been passed over
-            if link not in SUBSCRIBERS:  # weights are taken when an unroll is over
-                await loop.run_in_executor(thread, _nothing)
-            if trip <= TRIPS:
-                began = time.process_time(), time.perf_counter()
-        taken[link] = (time.process_time() - began[0]) / TRIPS, (time.perf_counter() - began[1]) / TRIPS
-    await asyncio.sleep(0.2)
-    bus.close()
-    return taken | {"resident": (resident(), 0.0)}
-
-
-def _receiver(bus: Bus, folder: str, link: str, down: Payload | None) -> Any:
-    address = f"{folder}/{link}"
-    if down:
-        kind, fields, arrays = down
-        server = bus.server(link, [address])
-
-        async def answered() -> None:
-            (await server.recv()).answer(kind, fields, arrays)
-
-        return answered
-    if link in SUBSCRIBERS:
-        subscribers = [bus.subscriber(link, address) for _ in range(SUBSCRIBERS[link])]
-        return subscribers[0].next
-    return bus.receiver(link, [address], 2).recv
-
-
-def _nothing() -> None:
+def nothing() -> None:
     """As long as it takes to get to a node's thread and back."""
-
-
-# ---- cores, and sums
 
 
 def kernel(seconds: float = 0.4) -> float:
@@ -427,27 +306,3 @@ def kernel(seconds: float = 0.4) -> float:
             sum(range(60))
 
     return seconds_of(work, seconds)
-
-
-def sums(rank: int, ranks: int, size: int, folder: Path) -> tuple[float, float]:
-    """Processor and wall time of summing `size` bytes over so many processes, each of which calls this."""
-    torch.set_num_threads(1)
-    meeting = folder / f"meeting-{ranks}"
-    if rank == 0:
-        rendezvous = Rendezvous(LOOPBACK, PATIENCE_S)
-        meeting.with_suffix(".new").write_text(rendezvous.address)
-        meeting.with_suffix(".new").rename(meeting)
-    while not meeting.exists():
-        time.sleep(0.02)
-    among = Collective(meeting.read_text(), 1, rank, ranks, LOOPBACK, torch.device("cpu"), PATIENCE_S)
-    flat = torch.zeros(max(1, size // 4))
-    for turn in range(2):
-        began = time.process_time(), time.perf_counter()
-        for _ in range(50):
-            among.sum(flat)
-        taken = (time.process_time() - began[0]) / 50, (time.perf_counter() - began[1]) / 50
-        del turn
-    among.gather([0])
-    time.sleep(0.2)  # the others' store is the first one's
-    among.close()
-    return taken

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ddrl_bus.planning.costs import Costs
-from ddrl_bus.planning.model import Model, Setting
+from ddrl_bus.planning.model import model
+from ddrl_bus.planning.places import Setting
+from ddrl_bus.planning.world import World
 from ddrl_bus.topology.plan import Plan
 
 HORIZON_S: Final = 30.0
@@ -51,73 +53,82 @@ def predict(plan: Plan, costs: Costs, setting: Setting = Setting()) -> Predictio
     Raises:
         UsageError: `setting` names a group that the topology does not have.
     """
-    model = Model(plan, costs, setting)
-    actors = len(model.of("actor"))
-    before, after = _run(model, EVENTS + EVENTS_PER_ACTOR * actors)
-    seconds = max(1e-9, after["now"] - before["now"])
-    rate = {name: (value - before.get(name, 0.0)) / seconds for name, value in after.items()}
-    load = {name.removeprefix("load "): share for name, share in rate.items() if name.startswith("load ")}
-    lagged = after["lagged"] - before["lagged"]
-    trained = [rate[f"trains {node.name}"] for node in model.of("learner")]
+    world = model(plan, costs, setting)
+    actors = len(world.of("actor"))
+    rate = rates(world, EVENTS + EVENTS_PER_ACTOR * actors)
+    load = _named("load", rate)
+    trained = [rate[f"trains {node.name}"] for node in world.of("learner")]
     return Prediction(
         plan.name,
         actors,
         rate["env_steps"],
-        rate["updates"] / (len(trained) if model.barrier else 1),
+        rate["updates"] / (len(trained) if world.barrier else 1),
         max(0.0, 1 - sum(trained) / len(trained)),
-        (after["lag"] - before["lag"]) / lagged if lagged else None,
-        {name.removeprefix("bytes "): value for name, value in rate.items() if name.startswith("bytes ")},
-        _memory(model),
-        _bottleneck(load, _shares(model)),
+        rate["lag"] / rate["lagged"] if rate["lagged"] else None,
+        _named("bytes", rate),
+        _memory(world),
+        _bottleneck(load, _shares(world)),
         load,
-        model.sim.events,
+        world.sim.events,
     )
 
 
-def _run(model: Model, events: int) -> tuple[dict[str, float], dict[str, float]]:
+def rates(world: World, events: int) -> dict[str, float]:
+    """What grows by how much a second, once it is steady: a world is run once, for at most so many events."""
+    before, after = _run(world, events)
+    seconds = max(1e-9, after["now"] - before["now"])
+    return {name: (value - before.get(name, 0.0)) / seconds for name, value in after.items()}
+
+
+def _named(what: str, rate: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(f"{what} "): value for name, value in rate.items() if name.startswith(f"{what} ")}
+
+
+def _run(world: World, events: int) -> tuple[dict[str, float], dict[str, float]]:
     """Readings of the moment from which it counts as steady, and of the end."""
     readings = []
     for number in range(1, SLICES + 1):
-        model.sim.run(HORIZON_S * number / SLICES, max(1, events * number // SLICES - model.sim.events))
-        readings.append(_reading(model))
+        world.sim.run(HORIZON_S * number / SLICES, max(1, events * number // SLICES - world.sim.events))
+        readings.append(_reading(world))
     end = readings[-1]["now"]
     return next(reading for reading in readings if reading["now"] >= SETTLED * end), readings[-1]
 
 
-def _reading(model: Model) -> dict[str, float]:
+def _reading(world: World) -> dict[str, float]:
     found = {
-        "now": model.sim.now,
-        "env_steps": model.env_steps,
-        "updates": model.updates,
-        "lag": model.lag,
-        "lagged": model.lagged,
+        "now": world.sim.now,
+        "env_steps": world.env_steps,
+        "updates": world.updates,
+        "lag": world.lag,
+        "lagged": world.lagged,
     }
-    found |= {f"bytes {link}": size for link, size in model.bytes.items()}
-    for host, machine in model.machines.items():
+    found |= {f"bytes {link}": size for link, size in world.bytes.items()}
+    found |= {f"cpu {kind}": sum(thread.held for thread in threads) for kind, threads in world.kinds.items()}
+    for host, machine in world.machines.items():
         found[f"load cores of {host}"] = machine.cpu.done / machine.cpu.most
-        if len(model.machines) > 1:
+        if len(world.machines) > 1:
             found[f"load network out of {host}"] = machine.wire.busy
-    for node in model.nodes:
+    for node in world.nodes:
         if node.kind in ("inference", "replay", "param_server"):
-            found[f"load {node.name}"] = model.thread(node).busy
-    for name, thread in model.trainers.items():
+            found[f"load {node.name}"] = world.thread(node).busy
+    for name, thread in world.trainers.items():
         found[f"load {name}"] = found[f"trains {name}"] = thread.busy
-    for node in model.of("learner"):
-        if node.process in model.threads:
-            found[f"load event loop of {node.process}"] = model.threads[node.process].busy
+    for node in world.of("learner"):
+        if node.process in world.threads:
+            found[f"load event loop of {node.process}"] = world.threads[node.process].busy
     return found
 
 
-def _shares(model: Model) -> dict[str, list[tuple[float, str]]]:
+def _shares(world: World) -> dict[str, list[tuple[float, str]]]:
     """Host → who uses its cores, most first."""
     work: dict[str, dict[str, float]] = {}
-    for node in model.nodes:
+    for node in world.nodes:
         on = work.setdefault(node.host, {})
         kind = node.bundle or node.kind
         if node.kind == "learner":
-            on[node.kind] = on.get(node.kind, 0.0) + model.trainers[node.name].done
-        if node.process in model.threads:
-            on[kind] = on.get(kind, 0.0) + model.threads.pop(node.process).done
+            on[node.kind] = on.get(node.kind, 0.0) + world.trainers[node.name].done
+        if node.process in world.threads:
+            on[kind] = on.get(kind, 0.0) + world.threads.pop(node.process).done
     found = {}
     for host, kinds in work.items():
         total = sum(kinds.values()) or 1.0
@@ -139,12 +150,12 @@ def _bottleneck(load: Mapping[str, float], shares: Mapping[str, list[tuple[float
     return "; ".join(words[:NAMED])
 
 
-def _memory(model: Model) -> dict[str, float]:
+def _memory(world: World) -> dict[str, float]:
     """Processes as they were measured, unrolls in windows, and full replays."""
-    sizes, found = model.costs.sizes, dict.fromkeys(model.machines, 0.0)
+    sizes, found = world.costs.sizes, dict.fromkeys(world.machines, 0.0)
     seen = set()
-    link = model.plan.links["trajectories"]
-    for node in model.nodes:
+    link = world.plan.links["trajectories"]
+    for node in world.nodes:
         torch = node.kind in ("learner", "param_server")
         if node.process not in seen or torch:
             found[node.host] += sizes["learner"] if torch else sizes["node"]
@@ -152,7 +163,7 @@ def _memory(model: Model) -> dict[str, float]:
         if node.kind == "replay":
             found[node.host] += node.options.capacity / sizes["items"] * sizes["trajectories"]
         if node.kind == "actor":
-            found[model.mine(node, model.owners())[0].host] += link.window * model.unroll_size(node)
+            found[world.mine(node, world.owners())[0].host] += link.window * world.unroll_size(node)
     return found
 
 

@@ -11,8 +11,9 @@ from typing import Any, Final
 from ddrl_bus.bench import plot
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch.start import plan_of
-from ddrl_bus.planning import check, costs
-from ddrl_bus.planning.model import Setting
+from ddrl_bus.planning import calibrate, check
+from ddrl_bus.planning.costs import Costs
+from ddrl_bus.planning.places import Setting
 from ddrl_bus.planning.predict import Prediction, as_json, predict
 from ddrl_bus.topology.plan import Plan
 
@@ -36,7 +37,7 @@ class Asked:
         self, topology: str, overrides: Sequence[str], sets: Sequence[str], setting: Setting, calibrate: bool = False
     ) -> None:
         self.topology, self.overrides, self.setting = topology, list(overrides), setting
-        self._known: costs.Costs | None = None
+        self._known: Costs | None = None
         self._calibrate = calibrate
         for word in sets:
             self._set(*_split(word))
@@ -52,10 +53,10 @@ class Asked:
     def _plan(self) -> Plan:
         return plan_of(self.topology, self.overrides, probe=False, starts=False)
 
-    def costs(self) -> costs.Costs:
+    def costs(self) -> Costs:
         """Of its parts; measured once, if at all."""
         if self._known is None:
-            self._known = costs.of(self.plan, calibrate=self._calibrate)
+            self._known = calibrate.of(self.plan, calibrate=self._calibrate)
         return self._known
 
     def predict(self) -> Prediction:
@@ -137,7 +138,7 @@ def _values(key: str, text: str) -> list[int]:
 # ---- text
 
 
-def as_text(prediction: Prediction, known: costs.Costs) -> Iterator[str]:
+def as_text(prediction: Prediction, known: Costs) -> Iterator[str]:
     """What a topology will do, a line for each figure."""
     age = "as old as what the replay draws" if prediction.staleness is None else f"{prediction.staleness:.1f} versions"
     yield f"{prediction.name}, {prediction.actors:,} actors; costs of {known.machine}, measured {known.measured}"

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
+from ddrl_bus.transport.sessions.rate import TokenBucket
+
 Resume = Callable[[Any], None]
 Wait = Callable[[Resume], None]
 """Calls what it is given once it is over, with its result."""
@@ -78,7 +80,13 @@ class Cpu:
         self._busy: list[tuple[float, int, Resume]] = []
         self._virtual = self._since = 0.0  # work done so far for a thread that was busy all the time, as of when
         self._number = self._due = 0
-        self._done = 0.0
+        self._done = self._held = 0.0
+
+    @property
+    def held(self) -> float:
+        """Seconds for which a thread that was busy all the time had a core: what a kernel counts, work or no work."""
+        self._advance()
+        return self._held
 
     @property
     def done(self) -> float:
@@ -109,6 +117,7 @@ class Cpu:
         if self._busy and passed > 0:
             rate = self._rate()
             self._virtual += passed * rate
+            self._held += passed * min(1.0, (len(self._speeds) - 1) / (len(self._busy) + self._others))
             self._done += passed * rate * len(self._busy)
 
     def _plan(self) -> None:
@@ -132,21 +141,25 @@ class Cpu:
 
 
 class Thread:
-    """Does one piece of work at a time, in the order they came: a thread, or a process under one interpreter lock."""
+    """Does one piece of work at a time, in the order they came: a thread, or a process under one interpreter lock.
 
-    def __init__(self, sim: Simulation, cpu: Cpu) -> None:
-        self._sim, self._cpu = sim, cpu
+    Args:
+        level: what it is given takes so many times as long.
+    """
+
+    def __init__(self, sim: Simulation, cpu: Cpu, level: float = 1.0) -> None:
+        self._sim, self._cpu, self._level = sim, cpu, level
         self._waiting: deque[tuple[float, Resume]] = deque()
         self._working = False
         self._began = self._busy = 0.0
-        self.done = 0.0
-        """Seconds of work."""
+        self.done = self.held = 0.0
+        """Seconds of work, and those for which it had a core."""
 
     def work(self, seconds: float) -> Wait:
         """So many seconds of a core that nobody else uses."""
 
         def begin(resume: Resume) -> None:
-            self._waiting.append((seconds, resume))
+            self._waiting.append((seconds * self._level, resume))
             if not self._working:
                 self._working, self._began = True, self._sim.now
                 self._next()
@@ -156,8 +169,10 @@ class Thread:
     def _next(self) -> None:
         seconds, resume = self._waiting.popleft()
         self.done += seconds
+        before = self._cpu.held
 
         def finished(_: Any) -> None:
+            self.held += self._cpu.held - before
             if self._waiting:
                 self._next()
             else:
@@ -167,9 +182,18 @@ class Thread:
 
         self._cpu.work(seconds, finished)
 
+    def stall(self, seconds: float) -> Wait:
+        """Keep it from working on, for so long by the clock; it needs no core meanwhile."""
+
+        def begin(resume: Resume) -> None:
+            self._busy += seconds
+            self._sim.at(self._sim.now + seconds, resume)
+
+        return begin
+
     @property
     def busy(self) -> float:
-        """Seconds in which it had work, done at whatever pace."""
+        """Seconds in which it had work, done at whatever pace, or was stalled."""
         return self._busy + (self._sim.now - self._began if self._working else 0.0)
 
 
@@ -247,21 +271,32 @@ class QueueOut:
 
     Args:
         receivers: each with the way there, and the seconds that credit takes on the way back.
+        rate: bytes a second that it may send; None is no limit.
     """
 
-    def __init__(self, sim: Simulation, receivers: Sequence[tuple[QueueIn, Carry, float]], window: int) -> None:
+    def __init__(
+        self,
+        sim: Simulation,
+        receivers: Sequence[tuple[QueueIn, Carry, float]],
+        window: int,
+        rate: float | None = None,
+    ) -> None:
         self._sim, self._receivers = sim, receivers
         self._credit = [window] * len(receivers)
         self._waiting: deque[Resume] = deque()
+        self._bucket = TokenBucket(rate, sim.now)
 
     @property
     def credit(self) -> int:
         return max(self._credit)
 
     def send(self, value: Any, size: float) -> Activity:
-        """To the receiver with most credit, once there is one."""
+        """To the receiver with most credit, once there is one and what went before is paid for."""
         while not self.credit:
             yield self._waiting.append
+        if wait := self._bucket.wait_s(self._sim.now):
+            yield self._sim.sleep(wait)
+        self._bucket.spend(int(size), self._sim.now)
         lane = self._credit.index(self.credit)
         self._credit[lane] -= 1
         receiver, carry, back = self._receivers[lane]

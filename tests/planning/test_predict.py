@@ -11,36 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import COSTS, MS, POINTS
 
 from ddrl_bus.errors import DdrlError, UsageError
 from ddrl_bus.launch.catalog import packaged
 from ddrl_bus.launch.start import plan_of
-from ddrl_bus.planning import check, costs, report
+from ddrl_bus.planning import calibrate, check, fit, report
 from ddrl_bus.planning import predict as module
 from ddrl_bus.planning.costs import Costs
-from ddrl_bus.planning.model import NOISE, Setting
+from ddrl_bus.planning.places import Setting
 from ddrl_bus.planning.predict import Prediction, predict
+from ddrl_bus.planning.world import NOISE
 from ddrl_bus.topology.plan import Plan
-
-MS = 1e-3
-POINTS = {
-    "play": [(8, 4 * MS), (32, 6 * MS)],
-    "step": [(8, 0.1 * MS), (32, 0.2 * MS)],
-    "infer": [(8, 0.1 * MS), (32, 0.2 * MS)],
-    "update": [(32, 2 * MS), (128, 4 * MS)],
-    **{name: [(1, 0.1 * MS)] for name in ("load", "copy", "insert", "draw", "prioritise", "apply", "inside", "asked")},
-    "evaluate": [(20, 0.1 * MS)],
-    "subscriber": [(1, 1e-6)],
-}
-LINKS = dict.fromkeys(("trajectories", "weights", "act", "samples", "gradients"), (0.1 * MS, 0.1 * MS, 0.0))
-SIZES = {
-    **dict.fromkeys(("weights", "trajectories", "act", "actions", "samples", "sample", "gradients", "parameters"), 1e4),
-    "sums": 4,
-    "items": 128.0,
-    "node": 4e7,
-    "learner": 2e8,
-}
-COSTS = Costs(POINTS, LINKS, SIZES, [1.0, 2.0], {"2": (MS, 2 * MS)}, "made up", "never", 0.0)
 
 
 def plan(topology: str, *overrides: str) -> Plan:
@@ -207,7 +189,7 @@ def test_costs_are_interpolated(size: float, seconds: float) -> None:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "of", lambda plan, calibrate=False: COSTS)
+    monkeypatch.setattr(calibrate, "of", lambda plan, calibrate=False: COSTS)
 
 
 @pytest.mark.parametrize(
@@ -295,20 +277,24 @@ def test_the_command_refuses(
 
 def test_costs_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fit, "EVENTS", 2_000)
     small = plan("quickstart", "nodes.actor.envs=4", "algo.batch=4")
 
-    measured = costs.of(small, budget=0.005)
+    measured = calibrate.of(small, budget=0.005, seconds=1.0)
 
     for name in ("play", "load", "copy", "update", "evaluate"):
         assert 0 < measured.at(name, 4) < 1, name
     assert measured.at("play", 16) > measured.at("play", 4) / 2
     assert measured.links.keys() == {"trajectories", "weights"}
-    assert all(seconds > 0 for seconds in measured.links["trajectories"][:2])
+    assert all(seconds > 0 for seconds in measured.links["trajectories"])
+    assert measured.levels.keys() == {"actor", "learner", "trainer"}
+    assert all(0.05 < level < 50 for level in measured.levels.values())
+    assert 0 < measured.besides < len(measured.speeds)
     assert measured.sizes["trajectories"] > 4 * 20 * 4 * 4  # the observations alone
     assert 1 <= measured.speeds[-1] <= len(measured.speeds)
-    (kept,) = costs.folder().iterdir()
+    (kept,) = calibrate.folder().iterdir()
     assert json.loads(kept.read_text())["machine"] == measured.machine
-    assert costs.of(plan("quickstart", "nodes.actor.envs=4", "algo.batch=4", "nodes.actor.count=7")) == Costs(
+    assert calibrate.of(plan("quickstart", "nodes.actor.envs=4", "algo.batch=4", "nodes.actor.count=7")) == Costs(
         **json.loads(kept.read_text())
     )
     assert predict(small, measured).env_steps_per_s > 0

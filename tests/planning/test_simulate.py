@@ -55,6 +55,35 @@ def test_others_take_their_share() -> None:
     assert ends_of([1.0, 2.0], 1.0, others=0.5) == pytest.approx([1.0])
 
 
+def test_time_on_a_core_counts_whether_or_not_much_gets_done() -> None:
+    sim = Simulation()
+    cpu = Cpu(sim, [1.0, 1.2], others=1.0)
+    threads = [Thread(sim, cpu), Thread(sim, cpu, level=3.0)]
+    for thread in threads:
+        sim.start(work(thread, 1.0, [], sim))
+    sim.run(100.0)
+
+    # three share two cores, 0.4 of work and 2/3 of a core a second each, until 1 is done; then two, with 2 left, at 0.6
+    assert [thread.held for thread in threads] == pytest.approx([2.5 * 2 / 3, 2.5 * 2 / 3 + 2 / 0.6])
+    assert [thread.done for thread in threads] == pytest.approx([1.0, 3.0])
+
+
+def test_a_stalled_thread_is_busy_and_takes_no_core() -> None:
+    sim, ends = Simulation(), []
+    cpu = Cpu(sim, [1.0])
+    stalled = Thread(sim, cpu)
+
+    def activity() -> Activity:
+        yield stalled.stall(2.0)
+
+    sim.start(activity())
+    sim.start(work(Thread(sim, cpu), 1.0, ends, sim))
+    sim.run(4.0)
+
+    assert ends == pytest.approx([1.0])
+    assert (stalled.busy, stalled.done) == (2.0, 0.0)
+
+
 def test_a_thread_does_one_thing_after_the_other() -> None:
     sim, ends = Simulation(), []
     thread = Thread(sim, Cpu(sim, [1.0, 2.0]))
@@ -171,6 +200,27 @@ def test_credit_on_the_way_bounds_the_rate() -> None:
     sim.run(1000.0)
 
     assert taken[0] == pytest.approx(200, abs=2)
+
+
+def test_a_sender_keeps_its_rate() -> None:
+    sim, taken = Simulation(), [0]
+    inbox = QueueIn(sim)
+    outbox = QueueOut(sim, [(inbox, lambda _, arrived, value: sim.at(sim.now, arrived, value), 0.0)], 2, rate=10.0)
+
+    def producer() -> Activity:
+        while True:
+            yield from outbox.send(None, 25.0)
+
+    def consumer() -> Activity:
+        while True:
+            yield from inbox.take()
+            taken[0] += 1
+
+    sim.start(producer())
+    sim.start(consumer())
+    sim.run(1000.0)
+
+    assert taken[0] == pytest.approx(400, abs=2)
 
 
 def test_the_receiver_with_most_credit_is_sent_to() -> None:
