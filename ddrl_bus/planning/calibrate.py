@@ -35,13 +35,16 @@ WORLDS: Final = (2, 4)
 """Replicas between which a sum is measured."""
 
 
-def of(plan: Plan, *, calibrate: bool = False, budget: float = BUDGET_S, seconds: float = trial.SECONDS) -> Costs:
+def of(
+    plan: Plan, *, calibrate: bool = False, budget: float = BUDGET_S, seconds: float = trial.SECONDS, trials: int = 1
+) -> Costs:
     """The costs of a topology's parts, measured now unless they are known for this machine.
 
     Args:
         calibrate: measure them in any case.
         budget: processor time for each part, in seconds.
-        seconds: of the trial run.
+        seconds: of a trial run.
+        trials: of which the one is taken that was neither the slowest nor the fastest.
     Raises:
         UsageError: the topology does not train here.
     """
@@ -52,8 +55,9 @@ def of(plan: Plan, *, calibrate: bool = False, budget: float = BUDGET_S, seconds
     began = time.perf_counter()
     parts = _parts(_small(plan), budget, WORLDS if "sync" in plan.links else ())
     with tempfile.TemporaryDirectory(prefix="ddrl-trial-") as name:
-        ran = trial.run(plan, Path(name) / "run", seconds)
-    costs = replace(fit.fitted(plan, parts, ran), took=time.perf_counter() - began)
+        ran = [trial.run(plan, Path(name) / str(number), seconds) for number in range(trials)]
+    typical = sorted(ran, key=lambda each: each.env_steps_per_s)[trials // 2]
+    costs = replace(fit.fitted(plan, parts, typical), took=time.perf_counter() - began)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(asdict(costs), indent=1) + "\n")
     return costs

@@ -1,7 +1,8 @@
 """Predictions against runs: `python -m ddrl_bus.planning.check [TOPO...]`.
 
 For one reference topology after the other: measure its costs, write down what is predicted at 1, 2 and 4 actors, and
-only then run these and write what was measured beside it. Costs and runs so meet about the same mood of the machine.
+only then run these and write what was measured beside it. Trials and runs are made three times, and the middle one
+counts: one and the same run may take half as long again a minute later.
 
 docs/plan.json      predictions and measurements, with their times; other topologies than those run now are kept
 
@@ -35,8 +36,10 @@ from ddrl_bus.planning.trial import Company, end
 from ddrl_bus.topology.plan import Plan
 
 ACTORS: Final = (1, 2, 4)
-SECONDS: Final = 8.0
+SECONDS: Final = 5.0
 """Of training that a run is to take, if it goes as predicted."""
+ROUNDS: Final = 3
+"""Trials, and runs of each count, of which the one in the middle counts."""
 PATIENCE_S: Final = 180.0
 BAR: Final = 0.15
 ALONE: Final = ("stop.reward=null", "nodes.evaluator.count=0")
@@ -135,9 +138,9 @@ def case_plan(topology: str, actors: int) -> Plan:
     return plan_of(topology, words(topology, actors), probe=False, starts=False)
 
 
-def foretold(topology: str, known: Costs, others: float = 0.0) -> dict[str, Figures]:
+def foretold(topology: str, known: Costs) -> dict[str, Figures]:
     """Predictions by number of actors."""
-    return {str(n): as_json(predict(case_plan(topology, n), known, Setting(others=others))) for n in ACTORS}
+    return {str(n): as_json(predict(case_plan(topology, n), known, Setting())) for n in ACTORS}
 
 
 def run(topology: str, actors: int, rate: float) -> Figures:
@@ -166,7 +169,7 @@ def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
     """Predict, write it down, run, write that down."""
     records: dict[str, Any] = read_json(path) or {}
     if predicts:
-        known = calibrate.of(case_plan(topology, 2), calibrate=True)
+        known = calibrate.of(case_plan(topology, 2), calibrate=True, trials=ROUNDS)
         records[topology] = {
             "predicted": foretold(topology, known),
             "predicted_at": _now(),
@@ -180,18 +183,22 @@ def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
     record = records.get(topology)
     if record is None:
         raise UsageError(f"{path}: no prediction of {topology}; leave out --measure")
-    record["measured"] = {}
+    ran: dict[int, list[Figures]] = {n: [] for n in ACTORS}
+    for n in ACTORS * ROUNDS:  # round by round: the machine's mood changes
+        ran[n].append(run(topology, n, record["predicted"][str(n)]["env_steps_per_s"]))
+    record["measured"] = {str(n): _typical(found) for n, found in ran.items()}
+    record["measured_at"] = _now()
+    _keep(path, records)
     for n in ACTORS:
-        prediction = record["predicted"][str(n)]
-        found = run(topology, n, prediction["env_steps_per_s"])
-        if "others" in found:
-            known = calibrate.of(case_plan(topology, 2))
-            beside = predict(case_plan(topology, n), known, Setting(others=found["others"]))
-            found["predicted_beside_them"] = round(beside.env_steps_per_s)
-        record["measured"][str(n)] = found
-        record["measured_at"] = _now()
-        _keep(path, records)
-        print(_line(topology, n, prediction, found), flush=True)
+        print(_line(topology, n, record["predicted"][str(n)], record["measured"][str(n)]), flush=True)
+
+
+def _typical(runs: Sequence[Figures]) -> Figures:
+    """The one that was neither the slowest nor the fastest, with the rates of all."""
+    if problems := [found for found in runs if "problem" in found]:
+        return problems[0]
+    by_rate = sorted(runs, key=lambda found: float(found["env_steps_per_s"]))
+    return by_rate[len(runs) // 2] | {"rates": [round(found["env_steps_per_s"]) for found in by_rate]}
 
 
 def _keep(path: Path, records: Mapping[str, Any]) -> None:
@@ -217,10 +224,12 @@ def _line(topology: str, actors: int, prediction: Mapping[str, Any], found: Mapp
     return (
         f"{topology} × {actors}: {ours:,.0f} / {theirs:,.0f} env steps/s, "
         f"{off(ours, theirs):+.0%} ({within} {BAR:.0%}); "
-        f"{idle}{lag}; {prediction['bottleneck']}; "
-        f"with {found['others']} other busy threads {found['predicted_beside_them']:,}, "
-        f"{off(found['predicted_beside_them'], theirs):+.0%}"
+        f"{idle}{lag}; {prediction['bottleneck']}; of {_listed(found['rates'])}, {found['others']} other busy threads"
     )
+
+
+def _listed(rates: Sequence[int]) -> str:
+    return ", ".join(f"{rate:,}" for rate in rates)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ TASKS = (Task("stream", 16 << 10, 20), Task("round trip", 64, 10))
 
 @pytest.mark.parametrize("peer", [p for p in PEERS if p.module != "ray"], ids=lambda peer: peer.name)
 def test_rows_of_a_peer(peer: Peer) -> None:
-    if peer.missing:
+    if peer.missing and os.environ.get("CI") != "true":
         pytest.skip(f"not installed: {peer.missing}")
     rows = list(peers.measure([peer], TASKS, repeats=1))
     assert [row.name for row in rows] == [f"{peer.name}, stream of 16 KB", f"{peer.name}, round trip of 64 B"]

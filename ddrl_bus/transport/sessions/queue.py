@@ -203,7 +203,7 @@ class QueueReceiver:
         self.on_loss = on_loss
         self.senders: dict[str, Inbound] = {}
         self._repeated = 0.0
-        self._stride = max(1, window // 4)
+        self._stride = max(1, window // 2)
         self._changed: dict[str, Inbound] = {}
         self._due: dict[str, Inbound] = {}
 
@@ -253,7 +253,7 @@ class QueueReceiver:
         inbound = self.senders.get(sender)
         if inbound is not None and inbound.epoch == epoch:
             inbound.freed += 1
-            # Each credit costs both sides a wake-up, so a wide window is given back a quarter at a time.
+            # Each credit costs both sides a wake-up: while one half of a window is given back, the other is under way.
             if inbound.freed - inbound.told >= self._stride:
                 self._due[sender] = inbound
             else:
