@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from ddrl_bus.planning import serving
 from ddrl_bus.planning.places import Place
 from ddrl_bus.planning.simulate import Activity, Mailbox
 from ddrl_bus.planning.world import World
@@ -26,14 +25,6 @@ class Batches:
         """Of the learner; and batches that are not yet trained on."""
         for _ in range(slots):
             self.free.put(None)
-
-
-def learner(world: World, node: Place) -> Iterator[Activity]:
-    """What a learner does at the same time."""
-    worker, replayed = "gradients" in world.plan.links, "samples" in world.plan.links
-    batches = Batches(world, 1 if worker else SPARE + (node.options.prefetch if replayed else 1))
-    yield (samples if replayed else intake)(world, node, batches)
-    yield (serving.worker if worker else train)(world, node, batches)
 
 
 def intake(world: World, node: Place, batches: Batches) -> Activity:

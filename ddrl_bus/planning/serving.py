@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
+from ddrl_bus.planning.learning import Batches
 from ddrl_bus.planning.places import Place
 from ddrl_bus.planning.simulate import Activity, Mailbox
 from ddrl_bus.planning.world import World
-
-if TYPE_CHECKING:
-    from ddrl_bus.planning.learning import Batches
 
 
 def worker(world: World, node: Place, batches: Batches) -> Activity:

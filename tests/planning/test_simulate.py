@@ -180,47 +180,41 @@ def test_a_sender_is_ahead_by_its_window_and_no_more(window: int) -> None:
     assert window <= sent - taken <= window + 1  # one is being read
 
 
+def taken(sim: Simulation, outbox: QueueOut, inbox: QueueIn, size: float) -> int:
+    """Messages that arrive in a thousand seconds, where both ends do nothing else."""
+    messages = 0
+
+    def producer() -> Activity:
+        while True:
+            yield from outbox.send(None, size)
+
+    def consumer() -> Activity:
+        nonlocal messages
+        while True:
+            yield from inbox.take()
+            messages += 1
+
+    sim.start(producer())
+    sim.start(consumer())
+    sim.run(1000.0)
+    return messages
+
+
 def test_credit_on_the_way_bounds_the_rate() -> None:
     """A window of 2 and a round trip of 10 s: 2 messages in 10 s, however fast both ends are."""
-    sim, taken = Simulation(), [0]
+    sim = Simulation()
     inbox, wire = QueueIn(sim), Wire(sim, latency=5.0)
     outbox = QueueOut(sim, [(inbox, wire.send, 5.0)], 2)
 
-    def producer() -> Activity:
-        while True:
-            yield from outbox.send(None, 0.0)
-
-    def consumer() -> Activity:
-        while True:
-            yield from inbox.take()
-            taken[0] += 1
-
-    sim.start(producer())
-    sim.start(consumer())
-    sim.run(1000.0)
-
-    assert taken[0] == pytest.approx(200, abs=2)
+    assert taken(sim, outbox, inbox, size=0.0) == pytest.approx(200, abs=2)
 
 
 def test_a_sender_keeps_its_rate() -> None:
-    sim, taken = Simulation(), [0]
+    sim = Simulation()
     inbox = QueueIn(sim)
     outbox = QueueOut(sim, [(inbox, lambda _, arrived, value: sim.at(sim.now, arrived, value), 0.0)], 2, rate=10.0)
 
-    def producer() -> Activity:
-        while True:
-            yield from outbox.send(None, 25.0)
-
-    def consumer() -> Activity:
-        while True:
-            yield from inbox.take()
-            taken[0] += 1
-
-    sim.start(producer())
-    sim.start(consumer())
-    sim.run(1000.0)
-
-    assert taken[0] == pytest.approx(400, abs=2)
+    assert taken(sim, outbox, inbox, size=25.0) == pytest.approx(400, abs=2)
 
 
 def test_the_receiver_with_most_credit_is_sent_to() -> None:
