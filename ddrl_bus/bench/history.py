@@ -82,7 +82,7 @@ def read(run_dir: Path) -> History:
     if not {"name", "seed"} <= about.keys():
         raise UsageError(f"{run_dir}: meta.json is missing or damaged; it says which topology and seed this is")
     notes: list[str] = []
-    lines = list(_lines(run_dir / METRICS, notes))
+    lines = list(lines_of(run_dir / METRICS, notes))
     evaluations, lags = _evaluations(lines), list(_lags(lines))
     split = _time_split((read_json(run_dir / CLOSING) or {}).get("shares") or {})
     if not evaluations:
@@ -92,7 +92,7 @@ def read(run_dir: Path) -> History:
     return History(about["name"], about["seed"], evaluations, lags, split, notes)
 
 
-def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+def lines_of(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics file; a note for each other one."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")

@@ -88,11 +88,11 @@ def _steady_rate(run: Path) -> float:
     Raises:
         UsageError: it was over before.
     """
-    rows = [json.loads(line) for line in (run / history.METRICS).read_text().splitlines()]
-    start = next(row for row in rows if row["time"] >= rows[0]["time"] + WARM_S or row is rows[-1])
-    if start is rows[-1]:
+    rows = list(history.lines_of(run / history.METRICS, []))
+    start = next((row for row in rows if row["wall_s"] >= rows[0]["wall_s"] + WARM_S), None)
+    if start is None or start is rows[-1]:
         raise UsageError(f"{run}: {len(rows)} lines in {history.METRICS}, expected a run of a few seconds")
-    rate: float = (rows[-1]["env_steps"] - start["env_steps"]) / (rows[-1]["time"] - start["time"])
+    rate: float = (rows[-1]["env_steps"] - start["env_steps"]) / (rows[-1]["wall_s"] - start["wall_s"])
     return rate
 
 

@@ -21,9 +21,9 @@ import psutil
 
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch import run_dir
+from ddrl_bus.launch.closing import lives
 from ddrl_bus.topology.plan import Plan
 from ddrl_bus.topology.schema import ActorOptions, StopSettings
-from ddrl_bus.transport import ledger
 
 SECONDS: Final = 6.0
 WARM_S: Final = 1.0
@@ -136,8 +136,7 @@ def end(running: subprocess.Popen[str]) -> None:
 
 def _read(plan: Plan, folder: Path, supervisor: int) -> Reading:
     now = time.perf_counter()
-    pages = (ledger.read(page) for page in (folder / "ledger").glob("*.page"))
-    steps = sum(counters.get("env_steps", 0) for counters in pages)
+    steps = sum(counters.get("env_steps", 0) for counters in lives(folder))
     cpu: dict[str, float] = defaultdict(float)
     for process in _tree(supervisor):
         for kind, seconds in _spent(plan, process):
