@@ -93,6 +93,7 @@ def _link(counts: Mapping[str, int], out: int, sent: int, seconds: float) -> Rep
         "a message": out / sent,
         "encode": counts["encode_ns"] / sent / 1e3,
         "send-wait": counts["send_wait_ns"] / sent / 1e3,
+        "wire": counts["wire_ns"] / taken / 1e3,
         "queue-wait": counts["queue_wait_ns"] / taken / 1e3,
         "decode": counts["decode_ns"] / taken / 1e3,
     }

@@ -55,9 +55,10 @@ and the bytes of all links as if all of them left this machine. An actor that wa
 the env steps over its busy share; so many of them would fill the thing. Where a rule has actors wait for the learner
 (lock-step), that holds for none of them.""",
     reading="""Of a group of nodes the mean. The shares of a row, busy aside, add up to 100. Of a link: microseconds a
-message for packing its header and handing it over (encode), for waiting for credit (send-wait), for lying unread at the
-receiver (queue-wait), and for unpacking and checking (decode); how long it was under way nobody counts. Staleness is by
-how many updates the learners were ahead of the weights that their newest rows were played with. Bytes on the wire are
+message for packing it (encode), for waiting for credit (send-wait), for the way until its receiver's event loop has it
+(wire: by both hosts' wall clocks), for lying unread there (queue-wait), and for unpacking and checking (decode). Of a
+question and its answer each is the sum of both, and wire of weights is until a subscriber has them. Staleness is by how
+many updates the learners were ahead of the weights that their newest rows were played with. Bytes on the wire are
 what senders handed to ZeroMQ, after the codec; before it is what they would have been without. A version of weights
 counts once, however many take it. What is used most binds now; what comes after it binds next, once there are so many
 actors, or once the first is made faster.""",
@@ -76,7 +77,7 @@ _LINK: Final = {
     "on the wire": KB,
     "before codec": KB,
     "a message": BYTES,
-    **dict.fromkeys(("encode", "send-wait", "queue-wait", "decode"), US),
+    **dict.fromkeys(("encode", "send-wait", "wire", "queue-wait", "decode"), US),
 }
 
 

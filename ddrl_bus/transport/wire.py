@@ -1,14 +1,16 @@
-"""The wire format: one message, one frame; a small msgpack header, then the arrays as they lie in memory.
+"""The wire format: numbers, a small msgpack header, then the arrays as they lie in memory.
 
-    0        4       5       6       8            12             16
-    | "DDRL" | major | minor | codec | header len | arena offset | header (msgpack) | 0… | arena |
+    0        4       5       6       8            12             16      24    32     40        48
+    | "DDRL" | major | minor | codec | header len | arena offset | epoch | seq | lane | sent at | header | 0… | arena |
 
-    header = [kind, node, epoch, seq, lane, fields, specs]     specs = packed [[name, dtype, shape, offset], …]
+    header = [kind, node, specs, fields]     specs = packed [[name, dtype, shape, offset], …]
 
 `epoch` is the sender's life, `seq` its number on this link, `lane` the life of the receiver it was meant for (0
-where a link has none), `fields` a map of scalars. Every array starts at a multiple of 64 bytes within the arena,
-which itself starts at a multiple of 64 within the frame. `codec` says how the arena travels: 0 as it is, 1 as one LZ4
-block. The header never is compressed, and the arena's size follows from its specs.
+where a link has none), `sent at` the sender's wall clock in nanoseconds. `fields` holds a map of scalars for each
+message of the frame: mostly one; several are a *run*, of one kind and with arrays of the same shapes, numbered from
+`seq` on, whose arenas follow one another. Every array starts at a multiple of 64 bytes within its arena, which itself
+starts at a multiple of 64 within the frame. `codec` says how arenas travel: 0 as they are, 1 as one LZ4 block. The
+header never is compressed, and an arena's size follows from its specs.
 
 A producer writes rows straight into an `Arena`, so that encoding copies nothing: only the header is packed, and laid
 right-aligned in the room before the arrays. `decode` is total: it returns a `Message` whose arrays are read-only
@@ -21,9 +23,10 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from time import time_ns
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import lz4.block
@@ -37,7 +40,7 @@ if sys.byteorder != "little":  # pragma: no cover - arrays travel as they lie in
     raise ImportError("ddrl_bus sends arrays in little-endian memory order; this machine is big-endian")
 
 MAGIC: Final = b"DDRL"
-PROTOCOL: Final = (2, 0)
+PROTOCOL: Final = (3, 0)
 ALIGN: Final = 64
 SMALL_FRAME: Final = 8 << 10
 """Received frames up to this size are taken as `bytes`: they are slices of libzmq's read buffer and would pin it."""
@@ -47,6 +50,8 @@ MAX_SPECS: Final = 16 << 10
 MAX_ARRAYS: Final = 64
 MAX_NDIM: Final = 8
 MAX_DEPTH: Final = 8
+MAX_RUN: Final = 256
+"""Messages of one frame: each takes more room here than an empty one takes on the wire."""
 MAX_ITEMS: Final = 1024
 """Of one list in a header: msgpack makes room for a whole list as soon as it reads its length, at each depth."""
 MAX_ENTRIES: Final = 16384
@@ -70,6 +75,7 @@ REASONS: Final = (
     "shape",
     "arena",
     "codec",
+    "run",
 )
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -79,17 +85,20 @@ Buffer: TypeAlias = bytes | memoryview
 Codec: TypeAlias = Literal["auto", "none", "lz4", "delta"]
 """How the arenas of a link travel; auto: LZ4 where `Layout.compressible`; delta: as differences, on a `latest`."""
 
-_PREFIX: Final = struct.Struct("<4sBBHII")
+_PREFIX: Final = struct.Struct("<4sBBHIIQQQQ")
 _PREFIX_BYTES: Final = _PREFIX.size
+_ARENA_AT: Final = slice(12, 16)
 _HEAD_ROOM: Final = 512
 _ZEROED: Final = 16 << 10
 _COMPRESS_FROM: Final = 16 << 10
 _PLAIN, _LZ4 = 0, 1
 _LZ4_RATIO: Final = 255
 """A byte of an LZ4 block stands for so many at most."""
-_HEADER_TYPES: Final = [str, str, int, int, int, dict, bytes]
+_HEADER_TYPES: Final = [str, str, bytes, list]
 _SCALARS: Final = frozenset((str, int, float, bool, type(None)))
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+packed: Final[Callable[[Mapping[str, Any]], bytes]] = _pack
+"""One message's fields, for `encode_run`."""
 
 
 class Slots(Protocol):
@@ -112,6 +121,9 @@ class Message:
     fields: dict[str, Any]
     arrays: dict[str, Array]
     nbytes: int
+    """Of its frame; in a run its part of them."""
+    sent_at: int = 0
+    """ns, by the sender's wall clock."""
     slots: Slots | None = None
     """Where the arrays lie if their writer may overwrite them: `shared.read` is for such, and for all others."""
 
@@ -123,6 +135,16 @@ class _Placed:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+_Numbers: TypeAlias = tuple[int, int, int, int]
+"""Epoch, seq, lane, sent at."""
+_View: TypeAlias = tuple[str, tuple[int, ...], np.dtype[Any], int]
+"""Name, shape, dtype and offset: what an array is made of."""
+
+
+def _views(placed: Sequence[_Placed]) -> tuple[_View, ...]:
+    return tuple([(p.name, p.shape, p.dtype, p.offset) for p in placed])
 
 
 def _round_up(n: int) -> int:
@@ -148,6 +170,7 @@ class Layout:
             self._place(name, dtype_name, shape)
         self.gaps = [bytes(-p.nbytes % ALIGN) for p in self.placed]
         """Zeros between the end of each array and the start of the next."""
+        self.views = _views(self.placed)
         self.packed_specs = _packed_specs(self.placed)
         _parsed_specs(self.packed_specs)  # what a receiver would refuse is refused here
         frames = sum(p.nbytes for p in self.placed if p.dtype in (np.uint8, np.bool_))
@@ -172,10 +195,10 @@ class Arena:
     `arrays` holds writable views. After `encode` nobody may write to them: the bytes may still be on their way.
     """
 
-    __slots__ = ("_buffer", "_layout", "_room", "arrays", "raw_size")
+    __slots__ = ("_buffer", "_room", "arrays", "layout", "raw_size")
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+        self.layout = layout
         self.raw_size = 0
         """Bytes of the last frame before compression."""
         self._allocate(_HEAD_ROOM)
@@ -189,37 +212,37 @@ class Arena:
         return arena
 
     def _allocate(self, room: int) -> None:
-        size = room + self._layout.size
+        size = room + self.layout.size
         self._room = room
         buffer: Any
         if size <= _ZEROED:
             buffer = bytearray(size)
         else:
             buffer = np.empty(size, np.uint8)
-            for p in self._layout.placed:  # the gaps travel too: send zeros, not what the heap held before
+            for p in self.layout.placed:  # the gaps travel too: send zeros, not what the heap held before
                 end = room + p.offset + p.nbytes
                 buffer[end : _round_up(end)] = 0
         self._buffer = memoryview(buffer)
         self.arrays: dict[str, Array] = {
-            p.name: np.ndarray(p.shape, p.dtype, buffer, room + p.offset) for p in self._layout.placed
+            name: np.ndarray(shape, dtype, buffer, room + offset) for name, shape, dtype, offset in self.layout.views
         }
 
     def extended(self, arrays: Mapping[str, Array]) -> Arena:
         """A copy with `arrays` after the present ones: for what is known only once the rows are written."""
-        return Arena.of(self._layout.kind, {**self.arrays, **arrays})
+        return Arena.of(self.layout.kind, {**self.arrays, **arrays})
 
     @property
     def kind(self) -> str:
-        return self._layout.kind
+        return self.layout.kind
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arena, without the header."""
-        return self._layout.size
+        return self.layout.size
 
     @property
     def compressible(self) -> bool:
-        return self._layout.compressible
+        return self.layout.compressible
 
     @property
     def body(self) -> Array:
@@ -230,8 +253,10 @@ class Arena:
         self, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int = 0, *, compress: bool = False
     ) -> memoryview:
         """The frame, read-only. Copies nothing unless the header outgrew its room, or `compress` makes it smaller."""
-        layout = self._layout
-        text = _head(layout, node, epoch, seq, fields, lane)
+        return self._encoded(node, (epoch, seq, lane, time_ns()), _pack(fields), compress)
+
+    def _encoded(self, node: str, numbers: _Numbers, fields: bytes, compress: bool = False) -> memoryview:
+        layout, text = self.layout, _head(self.layout, node, numbers, (fields,))
         head = len(text)
         if head > self._room:
             self._outgrown(head)
@@ -240,7 +265,7 @@ class Arena:
         if compress:
             block: bytes = lz4.block.compress(frame[head:], store_size=False)
             if len(block) < layout.size:
-                return memoryview(_head(layout, node, epoch, seq, fields, lane, _LZ4) + block)
+                return memoryview(_head(layout, node, numbers, (fields,), _LZ4) + block)
         frame[:head] = text
         return frame.toreadonly()
 
@@ -260,18 +285,48 @@ def _layout_of(kind: str, arrays: Mapping[str, Array]) -> Layout:
     return _layout(kind, tuple([(name, array.dtype, array.shape) for name, array in arrays.items()]))
 
 
-def _head(
-    layout: Layout, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int, codec: int = _PLAIN
-) -> bytes:
-    """All of a frame that stands before its arena."""
-    header: bytes = _pack((layout.kind, node, epoch, seq, lane, fields, layout.packed_specs))
+@lru_cache(maxsize=256)
+def _title(kind: str, node: str, specs: bytes) -> bytes:
+    """The beginning of a header, which a producer's frames have in common."""
+    title: bytes = _pack(kind) + _pack(node) + _pack(specs)
+    return b"\x94" + title
+
+
+def _head(layout: Layout, node: str, numbers: _Numbers, fields: Sequence[bytes], codec: int = _PLAIN) -> bytes:
+    """All of a frame that stands before its arenas."""
+    count = len(fields)
+    many = bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
+    header = b"".join((_title(layout.kind, node, layout.packed_specs), many, *fields))
     head = _round_up(_PREFIX_BYTES + len(header))
     if head > MAX_HEADER:
         raise WireError("oversized", f"{layout.kind}: header of {head} bytes, at most {MAX_HEADER} travel")
     if head + layout.size > MAX_FRAME:
         size = head + layout.size
         raise WireError("oversized", f"{layout.kind}: frame of {size} bytes, at most {MAX_FRAME} travel")
-    return (_PREFIX.pack(MAGIC, *PROTOCOL, codec, len(header), head) + header).ljust(head, b"\0")
+    return (_PREFIX.pack(MAGIC, *PROTOCOL, codec, len(header), head, *numbers) + header).ljust(head, b"\0")
+
+
+def encode_run(
+    layout: Layout,
+    node: str,
+    epoch: int,
+    seq: int,
+    fields: Sequence[bytes],
+    arenas: Sequence[Arena],
+    lane: int,
+    sent_at: int,
+) -> Buffer:
+    """A frame of the messages in `arenas`, which are of this layout, numbered from `seq` on. Copies several, and one as
+    `Arena.encode` does.
+
+    Args:
+        fields: of each message, `packed`.
+        sent_at: ns, by the wall clock.
+    """
+    numbers = epoch, seq, lane, sent_at
+    if len(arenas) == 1:
+        return arenas[0]._encoded(node, numbers, fields[0])
+    return b"".join((_head(layout, node, numbers, fields), *[arena._buffer[arena._room :] for arena in arenas]))
 
 
 def _packed_specs(placed: Sequence[_Placed]) -> bytes:
@@ -287,11 +342,14 @@ def encode(
     fields: Mapping[str, Any],
     arrays: Mapping[str, Array] | None = None,
     lane: int = 0,
+    sent_at: int | None = None,
 ) -> memoryview:
-    """A frame from values at hand; arrays are copied."""
+    """A frame from values at hand; arrays are copied. `sent_at`: ns, by the wall clock; None: now."""
     arrays = arrays or {}
     layout = _layout_of(kind, arrays)
-    parts: list[Buffer] = [_head(layout, node, epoch, seq, fields, lane)]
+    parts: list[Buffer] = [
+        _head(layout, node, (epoch, seq, lane, time_ns() if sent_at is None else sent_at), (_pack(fields),))
+    ]
     for p, gap, array in zip(layout.placed, layout.gaps, arrays.values(), strict=True):
         small = p.nbytes <= SMALL_FRAME and array.dtype is p.dtype  # copied twice sooner than viewed
         parts += array.tobytes() if small else np.ascontiguousarray(array, p.dtype).data, gap
@@ -299,17 +357,29 @@ def encode(
 
 
 def decode(frame: Buffer) -> Message:
-    """The message in `frame`.
+    """The one message in `frame`.
 
     Raises:
         WireError: whatever is wrong with it; `reason` is one of `REASONS`. No other exception leaves.
+    """
+    messages = decode_run(frame)
+    if len(messages) != 1:
+        raise WireError("run", f"{len(messages)} messages in one frame, expected one")
+    return messages[0]
+
+
+def decode_run(frame: Buffer) -> list[Message]:
+    """The messages in `frame`, one at least.
+
+    Raises:
+        WireError: as of `decode`.
     """
     size = len(frame)
     if size < _PREFIX_BYTES:
         raise WireError("truncated", f"{size} bytes, a frame has at least {_PREFIX_BYTES}")
     if size > MAX_FRAME:
         raise WireError("oversized", f"{size} bytes, at most {MAX_FRAME}")
-    magic, major, minor, codec, header_len, arena_at = _PREFIX.unpack_from(frame)
+    magic, major, minor, codec, header_len, arena_at, epoch, seq, lane, sent_at = _PREFIX.unpack_from(frame)
     if magic != MAGIC:
         raise WireError("magic", f"frame starts with {magic!r}, expected {MAGIC!r}")
     if major != PROTOCOL[0]:
@@ -321,16 +391,23 @@ def decode(frame: Buffer) -> Message:
     header_end = _PREFIX_BYTES + header_len
     if arena_at % ALIGN or not header_end <= arena_at <= size:
         raise WireError("truncated", f"header of {header_len} bytes, arena at {arena_at}, frame of {size}")
-    kind, node, epoch, seq, lane, fields, specs = _header(frame[_PREFIX_BYTES:header_end])
-    placed, arena_size = _parsed_specs(specs)
+    kind, node, specs, maps = _header(frame[_PREFIX_BYTES:header_end])
+    views, stride = _parsed_specs(specs)
     if codec == _LZ4:
-        frame, arena_at = _decompressed(memoryview(frame)[arena_at:], arena_size), 0
-    elif arena_at + arena_size != size:
-        raise WireError("arena", f"frame of {size} bytes, its header says {arena_at + arena_size}")
+        frame, at = _decompressed(memoryview(frame)[arena_at:], stride * len(maps)), 0
+    elif (at := arena_at) + stride * len(maps) != size:
+        raise WireError("arena", f"frame of {size} bytes, its header says {arena_at + stride * len(maps)}")
     if type(frame) is memoryview and not frame.readonly:
         frame = frame.toreadonly()
-    arrays: dict[str, Array] = {p.name: np.ndarray(p.shape, p.dtype, frame, arena_at + p.offset) for p in placed}
-    return Message(kind, node, epoch, seq, lane, fields, arrays, size)
+    nbytes = size // len(maps)
+    messages = []
+    for fields in maps:
+        arrays: dict[str, Array] = {
+            name: np.ndarray(shape, dtype, frame, at + offset) for name, shape, dtype, offset in views
+        }
+        messages.append(Message(kind, node, epoch, seq, lane, fields, arrays, nbytes, sent_at))
+        seq, at = seq + 1, at + stride
+    return messages
 
 
 def _decompressed(block: memoryview, size: int) -> memoryview:
@@ -371,7 +448,7 @@ def head_size(frame: Buffer) -> int:
     Raises:
         WireError: `truncated`, there are fewer.
     """
-    size = int.from_bytes(frame[_PREFIX_BYTES - 4 : _PREFIX_BYTES], "little")
+    size = int.from_bytes(frame[_ARENA_AT], "little")
     if not _PREFIX_BYTES <= size <= len(frame):
         raise WireError("truncated", f"{len(frame)} bytes, its arena begins at {size}")
     return size
@@ -399,19 +476,22 @@ def unpack(data: Buffer) -> Any:
         raise WireError("header", f"{type(error).__name__}: {error}") from None
 
 
-def _header(data: Buffer) -> tuple[str, str, int, int, int, dict[str, Any], bytes]:
+def _header(data: Buffer) -> tuple[str, str, bytes, list[dict[str, Any]]]:
     header = unpack(data)
     if type(header) is not list or [*map(type, header)] != _HEADER_TYPES:
-        raise WireError("header", "expected [kind, node, epoch, seq, lane, fields, specs]")
-    kind, node, epoch, seq, lane, fields, specs = header
+        raise WireError("header", "expected [kind, node, specs, fields]")
+    kind, node, specs, maps = header
     if len(kind) > 64 or len(node) > 64:
         raise WireError("header", "kind and node have at most 64 characters")
-    if epoch < 0 or seq < 0 or lane < 0:  # msgpack has no integers of 64 bits and more
-        raise WireError("header", "epoch, seq and lane are unsigned")
-    for name, value in fields.items():
-        if type(name) is not str or (type(value) not in _SCALARS and value != [] and not _plain(value, MAX_DEPTH)):
-            raise WireError("fields", f"fields nest deeper than {MAX_DEPTH} or hold bytes")
-    return kind, node, epoch, seq, lane, fields, specs
+    if not 1 <= len(maps) <= MAX_RUN:
+        raise WireError("run", f"{len(maps)} messages in one frame, from 1 to {MAX_RUN} travel")
+    for fields in maps:
+        if type(fields) is not dict:
+            raise WireError("header", "fields are a list of maps")
+        for name, value in fields.items():
+            if type(name) is not str or (type(value) not in _SCALARS and value != [] and not _plain(value, MAX_DEPTH)):
+                raise WireError("fields", f"fields nest deeper than {MAX_DEPTH} or hold bytes")
+    return kind, node, specs, maps
 
 
 def _plain(value: Any, depth: int) -> bool:
@@ -423,8 +503,8 @@ def _plain(value: Any, depth: int) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _parsed_specs(packed: bytes) -> tuple[tuple[_Placed, ...], int]:
-    """Checked array specs and the arena's size. Cached by their bytes: a link sends the same few over and over."""
+def _parsed_specs(packed: bytes) -> tuple[tuple[_View, ...], int]:
+    """Checked array specs and the size of an arena. Cached by their bytes: a link sends the same few over and over."""
     if len(packed) > MAX_SPECS:
         raise WireError("specs", f"{len(packed)} bytes of specs, at most {MAX_SPECS}")
     rows = unpack(packed)
@@ -438,7 +518,7 @@ def _parsed_specs(packed: bytes) -> tuple[tuple[_Placed, ...], int]:
         if p.offset != end:
             raise WireError("arena", f"{p.name!r} at {p.offset}, expected {end}")
         end = _round_up(end + p.nbytes)
-    return tuple(placed), end
+    return _views(placed), end
 
 
 def _parsed_spec(row: Any) -> _Placed:

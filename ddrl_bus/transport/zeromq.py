@@ -29,14 +29,6 @@ from ddrl_bus.transport.wire import MAX_FRAME, SMALL_FRAME, Buffer
 
 COPY_BELOW: Final = 128 << 10
 """Bytes under which a copying send is faster than a zero-copy one."""
-CORK_BELOW: Final = 4 << 10
-"""A PUSH hands frames smaller than this to libzmq several at a time, as one *train*: as many as `SMALL_FRAME` has room
-for, or what there is when the event loop turns. Each hand-over costs both sides more than such a frame does.
-
-    | "DDRT" | length, 4 bytes | frame | length | frame | …
-"""
-_TRAIN: Final = b"DDRT"
-_LENGTH: Final = 4
 _NOBLOCK: Final = int(zmq.NOBLOCK)  # plain integers: combining pyzmq's flags takes a microsecond
 _MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
@@ -46,9 +38,9 @@ costs as much as five questions. After so many there is a backlog."""
 BIND_AGAIN_S: Final = 0.05
 DRAIN_MESSAGES: Final = 16
 DRAIN_BYTES: Final = 1 << 20
-"""Both bound one turn of the pump, but for the rest of a train: what was received is taken, and its sender given credit
-for more, before the next is received. More bytes at once would also make libzmq fault in memory for the next ones. A
-DEALER takes one message a turn: whoever awaits it goes on before the socket is asked for another."""
+"""Both bound one turn of the pump: what was received is taken, and its sender given credit for more, before the next
+is received. More bytes at once would also make libzmq fault in memory for the next ones. A DEALER takes one message a
+turn: whoever awaits it goes on before the socket is asked for another."""
 
 SLOWEST_MS: Final = 60_000
 """What one frame may take. Only a whole frame proves to a heartbeat that the peer lives: with a shorter timeout a large
@@ -177,12 +169,8 @@ class ZmqSocket:
         self._send: Callable[..., object] = super(zmq.Socket, self.raw).send
         self._on_message = on_message
         self._when_writable: list[Callable[[], None]] = []
-        self._corks = kind is SocketKind.PUSH
-        self._uncouples = kind is SocketKind.PULL
         self._publishes = kind is SocketKind.XPUB
         self._at_once = 1 if kind is SocketKind.DEALER else DRAIN_MESSAGES
-        self._cork: list[Buffer] = []
-        self._corked = len(_TRAIN)
         self._pump_due = False
         self._locks: list[int] = []
         self.speakers: frozenset[str] | None = None
@@ -284,30 +272,6 @@ class ZmqSocket:
             self._guard.refused(self._user)
 
     def send(self, *parts: Buffer) -> bool:
-        if self._corks and len(parts) == 1 and len(parts[0]) < CORK_BELOW:
-            return self._send_corked(parts[0])
-        return self._uncork() and self._send_now(parts)
-
-    def _send_corked(self, frame: Buffer) -> bool:
-        size = _LENGTH + len(frame)
-        if self._corked + size > SMALL_FRAME and not self._uncork():
-            return False
-        if not self._cork:
-            self._pump_soon()
-        self._cork += len(frame).to_bytes(_LENGTH, "little"), frame
-        self._corked += size
-        return True
-
-    def _uncork(self) -> bool:
-        """Hand over what is held back; False if there is no room for it, and the pump will try again."""
-        alone = len(self._cork) == 2
-        if self._cork and not self._send_now((self._cork[1] if alone else b"".join((_TRAIN, *self._cork)),)):
-            return False
-        self._cork.clear()
-        self._corked = len(_TRAIN)
-        return True
-
-    def _send_now(self, parts: Sequence[Buffer]) -> bool:
         send, last = self._send, parts[-1]
         try:
             for part in parts[:-1]:
@@ -337,7 +301,6 @@ class ZmqSocket:
         if self.raw.closed:
             return
         self._loop.remove_reader(self._fd)
-        self._uncork()
         self.raw.close()
         for lock in self._locks:
             os.close(lock)
@@ -350,8 +313,6 @@ class ZmqSocket:
     def _pump(self, told: int = 0) -> None:
         """`told`: the messages that the descriptor speaks of, for which the socket need not be asked."""
         self._pump_due = False
-        if not self.raw.closed:
-            self._uncork()
         if self._on_message is not None:
             self._drain(self._on_message, told)
         elif told and not self.raw.closed:
@@ -362,8 +323,8 @@ class ZmqSocket:
                 callback()
 
     def _drain(self, on_message: OnMessage, told: int) -> None:
-        recv, events, nbytes, messages, received = self.raw.recv, self.raw.getsockopt, 0, 0, 0
-        while messages < self._at_once and nbytes < DRAIN_BYTES:
+        recv, events, nbytes, received = self.raw.recv, self.raw.getsockopt, 0, 0
+        while received < self._at_once and nbytes < DRAIN_BYTES:
             if self.raw.closed:
                 return
             if told <= received < ASK_FIRST and not int(events(_EVENTS)) & _POLLIN:
@@ -376,13 +337,9 @@ class ZmqSocket:
             while frame.more:
                 frame = recv(_NOBLOCK, copy=False)
                 parts.append(_body(frame))
-            together = _uncoupled(parts) if self._uncouples else (parts,)
             if not self._guarded or self._is_let_in(frame):
-                for message in together:
-                    if not self.raw.closed:  # by what an earlier one made its receiver do
-                        on_message(message)
+                on_message(parts)
             received += 1
-            messages += max(1, len(together))
             nbytes += len(parts[-1])
         self._pump_soon()
 
@@ -405,20 +362,6 @@ class ZmqSocket:
 def _body(frame: zmq.Frame) -> Buffer:
     # Small frames are slices of libzmq's read buffer: a view would keep all of it alive, at any alignment.
     return frame.bytes if len(frame) <= SMALL_FRAME else frame.buffer
-
-
-def _uncoupled(parts: list[Buffer]) -> list[list[Buffer]]:
-    """The messages of a train; else the one that came."""
-    body = parts[0]
-    if body[: len(_TRAIN)] != _TRAIN or len(body) > SMALL_FRAME or len(parts) > 1:
-        return [parts]
-    frames: list[list[Buffer]] = []
-    at = len(_TRAIN)
-    while at < len(body):
-        begin = at + _LENGTH
-        at = begin + int.from_bytes(body[at:begin], "little")
-        frames.append([body[begin:at]])
-    return frames
 
 
 def _numeric(address: str) -> str:

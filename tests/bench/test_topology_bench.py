@@ -79,6 +79,7 @@ AFTER: Lives = {
         "time/queue_wait": 2 * 10**9,
         f"trajectories/{LANE}/taken": 10,
         "trajectories/queue_wait_ns": 10**9,
+        "trajectories/wire_ns": 2 * 10**9,
         "trajectories/decode_ns": 10**9,
     },
 }
@@ -108,6 +109,7 @@ def test_what_a_link_carries_and_how_long_it_takes(books: Books) -> None:
             "a message": 100,
             "encode": 5e3,
             "send-wait": 1e5,
+            "wire": 2e5,
             "queue-wait": 1e5,
             "decode": 1e5,
         }

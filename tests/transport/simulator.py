@@ -690,7 +690,7 @@ class PublisherLife(Life):
             return
         self.number += world.rng.choice((1, 1, 5))
         version = (self.epoch, self.number)
-        value = wire.encode("weights", self.node, *version, {}, {"v": world.arrays()})
+        value = wire.encode("weights", self.node, *version, {}, {"v": world.arrays()}, sent_at=0)
         world.note("publish", version, len(value))
         world.values[version] = bytes(value)
         world.published = version

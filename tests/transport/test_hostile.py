@@ -21,7 +21,7 @@ from ddrl_bus.transport.base import back_channel
 from ddrl_bus.transport.links import queue
 from ddrl_bus.transport.links.end import topic
 from ddrl_bus.transport.sessions.latest import CHUNK, NOTHING, Ask, digest
-from ddrl_bus.transport.wire import MAX_FRAME, SMALL_FRAME
+from ddrl_bus.transport.wire import MAX_FRAME
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 TARGETS = ["data", "credits", "weights", "requests"]
@@ -250,20 +250,17 @@ async def test_every_message_of_a_stranger_is_refused_or_answered(world: World, 
     assert world.refusals(target).keys() <= {*wire.REASONS, "parts", "unknown_sender", "running", "old", "fenced"}
 
 
-async def test_every_frame_of_a_train_is_refused_by_itself(world: World) -> None:
+async def test_a_run_of_a_stranger_is_refused_message_by_message(world: World) -> None:
     rng, stranger, refused = world.net.random, world.stranger("data", zmq.PUSH), 0
-    for i in range(300):
-        own = valid(seq=i + 1)
-        frames = [rng.choice([own, b"", own[: rng.randrange(len(own))], rng.randbytes(50)]) for _ in range(i % 20)]
-        length, cut = (
-            rng.randrange(1, 1 << 32),
-            rng.randbytes(rng.randrange(1, 40)),
-        )  # and what announces more than comes
-        train = b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
-        await _send(stranger, [b"DDRT" + train + max(length, 40).to_bytes(4, "little") + cut])
-        await _send(stranger, [(b"DDRT" + train).ljust(SMALL_FRAME + 1, b"\0")])  # longer than a train may be
-        refused += len(frames) + 2
-    await _send(stranger, [b"DDRT"])  # of nothing
+    layout = wire.Layout("ask", {"v": ("int64", (4,))})
+    for seq in range(1, 300):
+        count = rng.randrange(1, 20)
+        maps, arenas = [wire.packed({"i": seq})] * count, [layout.arena()] * count
+        run = bytes(wire.encode_run(layout, "stranger", 1, seq, maps, arenas, 1, 1))
+        await _send(stranger, [run])
+        await _send(stranger, [run[: rng.randrange(len(run))]])  # as a whole
+        await _send(stranger, [run + bytes(64)])
+        refused += count + 2
     await until(lambda: sum(world.refusals("data").values()) == refused)
     await world.good()
 

@@ -34,7 +34,7 @@ Version = tuple[int, int]
 def frame(size: int, version: Version = V1, seed: int = 0) -> memoryview:
     """A frame of about so many bytes."""
     arrays = {"v": np.frombuffer(Random(seed).randbytes(size), np.uint8)}
-    return wire.encode("weights", "learner-0", *version, {}, arrays)
+    return wire.encode("weights", "learner-0", *version, {}, arrays, sent_at=0)
 
 
 def published(*versions: Version, size: int = 100, differences: bool = False) -> LatestPublisher:
@@ -370,7 +370,7 @@ def changed(version: Version, arrays: int = 4096) -> memoryview:
     """Of `arrays` numbers one is different in each version."""
     values = np.random.default_rng(0).standard_normal(arrays, np.float32)
     values[version[1] % arrays] += 1
-    return wire.encode("weights", "learner-0", *version, {}, {"v": values})
+    return wire.encode("weights", "learner-0", *version, {}, {"v": values}, sent_at=0)
 
 
 def test_a_difference_is_smaller_and_another_base_gets_the_whole() -> None:

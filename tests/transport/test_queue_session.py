@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddrl_bus.transport.sessions.queue import (
     CREDIT_EVERY_S,
@@ -377,3 +379,37 @@ def test_both_sides_agree() -> None:
             assert out.credit(told, 0.0) is None
     assert out.settled
     assert out.lanes["learner-0"].credit == 2
+
+
+@given(
+    before=st.lists(st.integers(1, 9), max_size=4),
+    first=st.integers(0, 9),
+    count=st.integers(1, 9),
+    epoch=st.integers(6, 8),
+    lane=st.integers(2, 4),
+    freed=st.integers(0, 3),
+)
+def test_the_next_ones_together_or_one_by_one(
+    before: list[int], first: int, count: int, epoch: int, lane: int, freed: int
+) -> None:
+    """Accepted together where each alone would be, and only then; the same state follows."""
+
+    def core() -> QueueReceiver:
+        core = receiver(window=6)
+        accepted = arrive(core, *before).count(A)
+        for _ in range(min(freed, accepted)):
+            core.freed(*ACTOR)
+        return core
+
+    together, alone = core(), core()
+    verdicts = [alone.arrived(ACTOR[0], epoch, number, lane, 0.0) for number in range(first, first + count)]
+    fresh = state(core())
+    if together.next_ones(ACTOR[0], epoch, first, lane, count):
+        assert verdicts == [A] * count
+        assert state(together) == state(alone)
+        assert [*together.poll(0.1)] == [*alone.poll(0.1)]
+        assert [*together.credits()] == [*alone.credits()]
+    else:
+        assert state(together) == fresh
+        in_order = first == fresh[0] + 1 and not core().senders[ACTOR[0]].ahead
+        assert verdicts != [A] * count or not in_order

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 
 from ddrl_bus.errors import WireError
 from ddrl_bus.transport import wire
-from ddrl_bus.transport.wire import ALIGN, DTYPES, MAX_FRAME, MAX_HEADER, REASONS, Arena, Layout
+from ddrl_bus.transport.wire import ALIGN, DTYPES, MAX_FRAME, MAX_HEADER, MAX_RUN, REASONS, Arena, Layout
 
 Spec = list[Any]
 NAMES = st.text(max_size=12)
@@ -33,17 +33,21 @@ DTYPE = st.sampled_from([DTYPES[name] for name in DTYPES] + [np.dtype(">f4"), np
 ARRAYS = st.dictionaries(NAMES, hnp.arrays(DTYPE, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4)))
 
 
-def frame_of(header: bytes, body: bytes = b"", *, major: int = 2, magic: bytes = b"DDRL", codec: int = 0) -> bytes:
+def prefix(header_len: int, head: int, *, major: int = 3, magic: bytes = b"DDRL", codec: int = 0) -> bytes:
+    return struct.pack("<4sBBHIIQQQQ", magic, major, 0, codec, header_len, head, 1, 2, 3, 4)
+
+
+def frame_of(header: bytes, body: bytes = b"", **other: Any) -> bytes:
     """A frame around any header bytes."""
-    head = -(-(16 + len(header)) // ALIGN) * ALIGN
-    prefix = struct.pack("<4sBBHII", magic, major, 0, codec, len(header), head)
-    return (prefix + header).ljust(head, b"\0") + body
+    head = -(-(48 + len(header)) // ALIGN) * ALIGN
+    return (prefix(len(header), head, **other) + header).ljust(head, b"\0") + body
 
 
-def header(*, fields: Any = None, specs: Any = None, **other: Any) -> bytes:
-    values = {"kind": "k", "node": "n", "epoch": 1, "seq": 2, "lane": 3, **other}
+def header(*, kind: Any = "k", node: Any = "n", fields: Any = None, specs: Any = None, run: Any = None) -> bytes:
+    """Of one message with `fields`, or of the messages of `run`."""
     packed = specs if isinstance(specs, bytes) else msgpack.packb(specs or [])
-    return bytes(msgpack.packb([*values.values(), {} if fields is None else fields, packed]))
+    one = [{} if fields is None else fields]
+    return bytes(msgpack.packb([kind, node, packed, one if run is None else run]))
 
 
 def framed(*specs: Spec, body: int = 0) -> bytes:
@@ -94,8 +98,9 @@ def test_round_trip(
 ) -> None:
     frame = wire.encode(kind, node, epoch, seq, fields, arrays, lane)
     assert frame.readonly
-    message = wire.decode(frame)
+    before, message = time.time_ns(), wire.decode(frame)
     assert (message.kind, message.node, message.epoch, message.seq, message.lane) == (kind, node, epoch, seq, lane)
+    assert before - 60e9 < message.sent_at <= before
     assert message.fields == fields
     assert message.nbytes == len(frame)
     assert list(message.arrays) == list(arrays)
@@ -179,7 +184,7 @@ def test_arrays_are_aligned_and_gaps_are_zero(rows: int, monkeypatch: pytest.Mon
     header_len, arena_at = struct.unpack_from("<II", frame, 8)
     assert arena_at % ALIGN == 0
     used = np.zeros(len(frame), bool)
-    used[: 16 + header_len] = True
+    used[: 48 + header_len] = True
     for array in wire.decode(frame).arrays.values():
         offset = array.__array_interface__["data"][0] - np.frombuffer(frame, np.uint8).__array_interface__["data"][0]
         assert (offset - arena_at) % ALIGN == 0
@@ -240,6 +245,26 @@ def test_images_and_flags_are_worth_compressing(specs: dict[str, wire.Spec], pay
     assert Layout("k", specs).arena().compressible == pays
 
 
+@given(kind=NAMES, run=st.lists(FIELDS, min_size=1, max_size=20), arrays=ARRAYS)
+@settings(max_examples=100, deadline=None)
+def test_a_run_is_its_messages(kind: str, run: list[dict[str, Any]], arrays: dict[str, Any]) -> None:
+    arenas = [Arena.of(kind, arrays) for _ in run]
+    for number, arena in enumerate(arenas):
+        for array in arena.arrays.values():
+            array.reshape(-1)[:1] = number % 2
+    maps = [wire.packed(fields) for fields in run]
+    frame = wire.encode_run(arenas[0].layout, "n", 1, 2, maps, arenas, 3, 4)
+    messages = wire.decode_run(frame)
+    assert [(m.kind, m.node, m.epoch, m.lane, m.sent_at) for m in messages] == [(kind, "n", 1, 3, 4)] * len(run)
+    assert [m.seq for m in messages] == [2 + number for number in range(len(run))]
+    assert [m.fields for m in messages] == run
+    assert sum(m.nbytes for m in messages) <= len(frame)
+    for message, arena in zip(messages, arenas, strict=True):
+        for name, array in arena.arrays.items():
+            np.testing.assert_array_equal(message.arrays[name], array)
+            assert not message.arrays[name].flags.writeable
+
+
 # -- what does not go out --------------------------------------------------------------------------------------------
 
 
@@ -283,8 +308,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "prefix cut": (SAMPLE[:15], "truncated"),
     "magic": (frame_of(header(), magic=b"DDRM"), "magic"),
     "pickle": (pickle.dumps({"x": 1}).ljust(64, b"."), "magic"),
-    "http": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "magic"),
-    "other major": (frame_of(header(), major=3), "version"),
+    "http": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".ljust(64), "magic"),
+    "other major": (frame_of(header(), major=4), "version"),
+    "earlier major": (b"DDRL\2".ljust(64, b"\0"), "version"),
     "codec unknown": (frame_of(header(), codec=2), "codec"),
     "codec unknown high": (frame_of(header(), codec=256), "codec"),
     "block empty": (packed(4, b""), "codec"),
@@ -299,24 +325,27 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         frame_of(header(specs=[[str(i), "uint8", [1 << 26], i << 26] for i in range(5)]), bytes(2 << 20), codec=1),
         "codec",
     ),
-    "header length huge": (struct.pack("<4sBBHII", b"DDRL", 2, 0, 0, 2**32 - 1, 64).ljust(64), "oversized"),
-    "header past arena": (struct.pack("<4sBBHII", b"DDRL", 2, 0, 0, 60, 64).ljust(64), "truncated"),
-    "arena past frame": (struct.pack("<4sBBHII", b"DDRL", 2, 0, 0, 9, 128).ljust(64), "truncated"),
-    "arena unaligned": (struct.pack("<4sBBHII", b"DDRL", 2, 0, 0, 9, 63).ljust(64), "truncated"),
+    "header length huge": (prefix(2**32 - 1, 64).ljust(64), "oversized"),
+    "header past arena": (prefix(60, 64).ljust(64), "truncated"),
+    "arena past frame": (prefix(9, 128).ljust(64), "truncated"),
+    "arena unaligned": (prefix(9, 63).ljust(64), "truncated"),
     "header no msgpack": (frame_of(b"\xc1" * 20), "header"),
     "header empty": (frame_of(b""), "header"),
     "header a map": (frame_of(msgpack.packb({"kind": "k"})), "header"),
     "header trailing": (frame_of(header() + b"\0"), "header"),
-    "header of 6": (frame_of(msgpack.packb(["k", "n", 1, 2, 3, {}])), "header"),
-    "header of 8": (frame_of(msgpack.packb(["k", "n", 1, 2, 3, {}, b"\x90", 0])), "header"),
+    "header of 3": (frame_of(msgpack.packb(["k", "n", b"\x90"])), "header"),
+    "header of 5": (frame_of(msgpack.packb(["k", "n", b"\x90", [{}], 0])), "header"),
     "kind bytes": (frame_of(header(kind=b"k")), "header"),
     "kind long": (frame_of(header(kind="k" * 65)), "header"),
     "node int": (frame_of(header(node=1)), "header"),
     "node not utf-8": (frame_of(header().replace(b"\xa1n", b"\xa1\xff")), "header"),
-    "epoch negative": (frame_of(header(epoch=-1)), "header"),
-    "epoch bool": (frame_of(header(epoch=True)), "header"),
-    "seq float": (frame_of(header(seq=1.0)), "header"),
-    "lane none": (frame_of(header(lane=None)), "header"),
+    "run a map": (frame_of(header(run={})), "header"),
+    "run of none": (frame_of(header(run=[])), "run"),
+    "run of two": (frame_of(header(run=[{}, {}])), "run"),
+    "run too long": (frame_of(header(run=[{}] * (MAX_RUN + 1))), "run"),
+    "run with another list": (frame_of(header(run=[{}, []])), "header"),
+    "run with bytes": (frame_of(header(run=[{}, {"a": b"x"}])), "fields"),
+    "run with too little": (frame_of(header(run=[{}, {}], specs=[U8]), bytes(64)), "arena"),
     "fields a list": (frame_of(header(fields=[])), "header"),
     "fields int key": (frame_of(header(fields={1: 2})), "header"),
     "fields bytes key": (frame_of(header(fields={b"a": 2})), "fields"),
@@ -325,7 +354,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "fields bytes deep": (frame_of(header(fields={"a": [{"b": b"x"}]})), "fields"),
     "fields ext": (frame_of(header(fields={"a": msgpack.ExtType(1, b"")})), "fields"),
     "fields timestamp": (frame_of(header(fields={"a": msgpack.Timestamp(1, 2)})), "header"),
-    "specs a list": (frame_of(msgpack.packb(["k", "n", 1, 2, 3, {}, []])), "header"),
+    "specs a list": (frame_of(msgpack.packb(["k", "n", [], [{}]])), "header"),
     "specs no msgpack": (frame_of(header(specs=b"\xc1")), "header"),
     "specs empty": (frame_of(header(specs=b"\xc0")), "specs"),
     "specs a map": (frame_of(header(specs=b"\x80")), "specs"),
@@ -378,8 +407,8 @@ def test_a_frame_over_the_limit_is_refused_unread() -> None:
 
 
 def test_another_major_is_refused_naming_both_and_another_minor_is_taken() -> None:
-    with pytest.raises(WireError, match=r"protocol 3\.7 .* 2\.0"):
-        wire.decode(SAMPLE[:4] + bytes((3, 7)) + SAMPLE[6:])
+    with pytest.raises(WireError, match=r"protocol 4\.7 .* 3\.0"):
+        wire.decode(SAMPLE[:4] + bytes((4, 7)) + SAMPLE[6:])
     assert wire.decode(SAMPLE[:5] + b"\x63" + SAMPLE[6:]).kind == "unroll"
 
 
@@ -430,7 +459,7 @@ def test_any_block(noise: bytes, size: int, data: Any) -> None:
 @settings(max_examples=500, deadline=None)
 def test_random_bytes(noise: bytes) -> None:
     assert reason_of(noise) is not None
-    assert reason_of(frame_of(noise)) in {"header", "fields", "specs"}
+    assert reason_of(frame_of(noise)) in {"header", "fields", "specs", "run"}
     reason_of(frame_of(header(specs=noise)))
 
 
@@ -446,7 +475,7 @@ ANY = st.recursive(
 def test_any_msgpack_value_for_header_fields_and_specs(head: Any, other: Any, body: bytes) -> None:
     reason_of(frame_of(msgpack.packb(head), body))
     reason_of(frame_of(header(fields=head, specs=other), body))
-    reason_of(frame_of(header(seq=head, node=other), body))
+    reason_of(frame_of(header(run=head, node=other), body))
 
 
 DIMS = st.sampled_from([-1, 0, 1, 2, 4, 255, 2**16, 2**28, 2**31, 2**32, 2**62, 2**63, 2**64 - 1, True, None])
@@ -465,22 +494,23 @@ def test_any_specs(specs: list[Any], body: int) -> None:
 
 
 def nested(depth: int, opener: bytes) -> bytes:
-    return b"\x97" + opener * depth + b"\xc0"
+    return b"\x94" + opener * depth + b"\xc0"
 
 
 BOMBS = {
-    "arr32 max": b"\x97" + b"\xdd\xff\xff\xff\xff" * 4,
-    "map32 max": b"\x97" + b"\xdf\xff\xff\xff\xff" * 4,
-    "str32 max": b"\x97\xdb\xff\xff\xff\xff",
-    "bin32 max": b"\x97\xc6\xff\xff\xff\xff",
-    "ext32 max": b"\x97\xc9\xff\xff\xff\xff\x01",
+    "arr32 max": b"\x94" + b"\xdd\xff\xff\xff\xff" * 4,
+    "map32 max": b"\x94" + b"\xdf\xff\xff\xff\xff" * 4,
+    "str32 max": b"\x94\xdb\xff\xff\xff\xff",
+    "bin32 max": b"\x94\xc6\xff\xff\xff\xff",
+    "ext32 max": b"\x94\xc9\xff\xff\xff\xff\x01",
     "nest 10": header(fields={"a": [[[[[[[[[[1]]]]]]]]]]}),
     "nest 500": nested(500, b"\x91"),
     "nest 10^5": nested(10**5, b"\x91"),
     "nest maps": nested(5 * 10**4, b"\x81\xa1a"),
     "lists that claim much": nested(8 * 10**4, b"\xdc\x40\x00"),
     "lists that claim the limit": nested(8 * 10**4, b"\xdc\x04\x00"),
-    "many empty lists": b"\x97" + b"\xdc\x04\x00" + (b"\xdc\x00\xff" + b"\x90" * 255) * 1000,
+    "many empty lists": b"\x94" + b"\xdc\x04\x00" + (b"\xdc\x00\xff" + b"\x90" * 255) * 1000,
+    "longest run": header(run=[{}] * MAX_RUN),
     "many fields": header(fields={str(i): 1 for i in range(30_000)}),
     "long string": header(fields={"a": "x" * (MAX_HEADER - 100)}),
     "many specs": header(specs=[[str(i), "uint8", [0], 0] for i in range(1500)]),

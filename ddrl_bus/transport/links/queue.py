@@ -1,6 +1,6 @@
 """The two ends of a `queue`.
 
-PUSH → PULL     one wire frame a message
+PUSH → PULL     one wire frame a message, or a run of small ones
 SUB  ← XPUB     [topic of the sender, msgpack credit]; subscribing to it is the sender's hello
 """
 
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter_ns
+from time import perf_counter_ns, time_ns
 from typing import Any, Final
 
 import msgpack
@@ -21,6 +21,7 @@ from ddrl_bus.transport import wire
 from ddrl_bus.transport.base import Backend, Socket, SocketKind, back_channel, scheme
 from ddrl_bus.transport.ledger import Counter
 from ddrl_bus.transport.links.end import Check, End, Host, life, subscription, topic
+from ddrl_bus.transport.links.runs import SMALL, Run
 from ddrl_bus.transport.sessions.queue import (
     ACCEPT,
     Credit,
@@ -49,7 +50,8 @@ class _Draft:
 
     arena: Arena
     fields: Mapping[str, Any]
-    frame: memoryview
+    frame: Buffer | None
+    """None: it left in a run."""
 
 
 class Sender(End):
@@ -76,6 +78,7 @@ class Sender(End):
         self._bucket = TokenBucket(rate, self._loop.time())
         self._throttle: asyncio.TimerHandle | None = None
         self._core: QueueSender[_Draft] = QueueSender(self._node, self._epoch, on_loss)
+        self._resends = on_loss == "resend"
         self._redo: deque[_Draft] = deque()
         local = all(scheme(address) == "memory" for address in receivers.values())
         self._codec: Codec = "none" if codec == "auto" and local else codec
@@ -84,6 +87,8 @@ class Sender(End):
         self._throttled_ns = self._counter("throttled_ns")
         self._data: dict[str, Socket] = {}
         self._produced: dict[tuple[str, int], Counter] = {}
+        self._runs: dict[str, Run] = {}
+        self._leaving = False
         hello = topic(b"Q", self._node, self._epoch)
         for receiver, address in receivers.items():
             self._data[receiver] = self._open(backend, SocketKind.PUSH, None, connect=[address])
@@ -131,23 +136,75 @@ class Sender(End):
         self._signal.notify()
 
     def _send_on(self, lane: Lane[_Draft], arena: Arena, fields: Mapping[str, Any], now: float) -> bool:
+        compress = self._codec == "lz4" or (self._codec == "auto" and arena.layout.compressible)
+        if arena.layout.size < SMALL and not compress:
+            return self._join(lane, arena, fields, now)
+        if not self._leave(lane.receiver):
+            return False
         began = perf_counter_ns()
-        compress = self._codec == "lz4" or (self._codec == "auto" and arena.compressible)
         frame = arena.encode(self._node, self._epoch, lane.sent + 1, fields, lane.epoch, compress=compress)
         self._encode_ns.add(perf_counter_ns() - began)
         produced = self._produced_on(lane)
         produced.add()  # before the bytes leave: a kill in between must not let more arrive than were produced
-        socket = self._data[lane.receiver]
-        if not socket.send(frame):
+        if not self._hand_over(lane.receiver, frame, arena.raw_size):
             produced.add(-1)
-            socket.when_writable(self._signal.notify)
             return False
-        draft, nbytes = _Draft(arena, fields, frame) if self._core.on_loss == "resend" else None, len(frame)
-        self._core.sent(lane, draft, now)
-        self._bucket.spend(nbytes, now)
-        self._bytes.add(nbytes)
-        self._raw_bytes.add(arena.raw_size)
+        self._core.sent(lane, _Draft(arena, fields, frame) if self._resends else None, now)
         return True
+
+    def _join(self, lane: Lane[_Draft], arena: Arena, fields: Mapping[str, Any], now: float) -> bool:
+        """Let a small message leave with others."""
+        run = self._runs.get(lane.receiver)
+        before = run.nbytes if run is not None else 0
+        if run is None or not run.take(lane, arena, fields):
+            if not self._leave(lane.receiver):
+                return False
+            run, before = Run(lane, arena.layout, self._produced_on(lane)), 0
+            run.take(lane, arena, fields)
+            self._runs[lane.receiver] = run
+            self._leave_soon()
+        run.produced.add()
+        self._bucket.spend(run.nbytes - before, now)
+        self._core.sent(lane, _Draft(arena, fields, None) if self._resends else None, now)
+        return True
+
+    def _leave_soon(self) -> None:
+        if not self._leaving:
+            self._leaving = True
+            self._loop.call_soon(self._leave_all)
+
+    def _leave_all(self) -> None:
+        self._leaving = False
+        for receiver in list(self._runs):
+            self._leave(receiver)
+
+    def _leave(self, receiver: str) -> bool:
+        """Hand the run for `receiver` over; False if there is no room for it, and it goes when there is."""
+        run = self._runs.get(receiver)
+        if run is None:
+            return True
+        frame = run.encode(self._node, self._epoch)
+        if not self._hand_over(receiver, frame, len(frame), run.nbytes):
+            return False
+        del self._runs[receiver]
+        self._encode_ns.add(run.encode_ns)
+        return True
+
+    def _hand_over(self, receiver: str, frame: Buffer, raw_size: int, paid: int = 0) -> bool:
+        """`paid`: bytes of it that the rate knows of."""
+        socket = self._data[receiver]
+        if not socket.send(frame):
+            socket.when_writable(self._on_room)
+            return False
+        self._bucket.spend(len(frame) - paid, self._loop.time())
+        self._bytes.add(len(frame))
+        self._raw_bytes.add(raw_size)
+        return True
+
+    def _on_room(self) -> None:
+        if not self._closed:
+            self._leave_all()
+            self._signal.notify()
 
     def _produced_on(self, lane: Lane[_Draft]) -> Counter:
         key = (lane.receiver, lane.epoch)
@@ -186,13 +243,20 @@ class Sender(End):
             match action:
                 case Probe(lane, sent):
                     self._probe(lane, sent)
-                case Resend(lane, _, draft):
+                case Resend(lane, seq, draft):
                     if self._bucket.wait_s(now) <= 0:  # else in a later turn
-                        self._data[lane.receiver].send(draft.frame)
-                        self._bucket.spend(len(draft.frame), now)
-                        self._counter("resent").add()
+                        self._send_anew(lane, seq, draft, now)
+
+    def _send_anew(self, lane: Lane[_Draft], seq: int, draft: _Draft, now: float) -> None:
+        """As it was."""
+        if draft.frame is None:
+            draft.frame = draft.arena.encode(self._node, self._epoch, seq, draft.fields, lane.epoch)
+        self._data[lane.receiver].send(draft.frame)
+        self._bucket.spend(len(draft.frame), now)
+        self._counter("resent").add()
 
     def _probe(self, lane: Lane[Any], sent: int) -> None:
+        self._leave_all()  # it speaks of them
         probe = wire.encode(PROBE_KIND, self._node, self._epoch, 0, {"sent": sent}, lane=lane.epoch)
         self._data[lane.receiver].send(probe)
 
@@ -207,6 +271,8 @@ class Sender(End):
         return bool(self._core.lanes)
 
     def close(self) -> None:
+        if not self._closed:
+            self._leave_all()
         super().close()
         if self._throttle is not None:
             self._throttle.cancel()
@@ -275,6 +341,7 @@ class Receiver(End):
         self._books: dict[tuple[str, int], _LaneBooks] = {}
         self._bytes = self._counter("bytes_in")
         self._decode_ns, self._queue_ns = self._counter("decode_ns"), self._counter("queue_wait_ns")
+        self._wire_ns = self._counter("wire_ns")
         self._credits_due = False
         self._data = self._open(backend, SocketKind.PULL, self._on_data, bind=binds)
         self._credits = self._open(backend, SocketKind.XPUB, self._on_hello, bind=[back_channel(b) for b in binds])
@@ -297,8 +364,8 @@ class Receiver(End):
         message, arrived, books = self._box.popleft()
         books.taken.add()
         self._queue_ns.add(perf_counter_ns() - arrived)
-        self._core.freed(message.node, message.epoch)
-        self._credits_soon()
+        if self._core.freed(message.node, message.epoch):
+            self._credits_soon()
         return message
 
     @property
@@ -312,44 +379,62 @@ class Receiver(End):
             self._reject(self._data, "parts")
             return
         try:
-            message = wire.decode(parts[0])
+            run = wire.decode_run(parts[0])
         except WireError as error:
             self._reject(self._data, error.reason)
             return
-        if not self._may_speak(self._data, message.node):
+        first = run[0]
+        if not self._may_speak(self._data, first.node):
             return
         now = self._loop.time()
-        if message.kind == PROBE_KIND:
-            sent = message.fields.get("sent")
-            if type(sent) is not int or sent < 0:
-                self._reject(self._data, "probe")
-                return
-            self._core.probed(message.node, message.epoch, sent, message.lane, now)
-            self._credits_soon()
+        if first.kind == PROBE_KIND:
+            self._on_probe(first, now)
             return
+        if not self._core.next_ones(first.node, first.epoch, first.seq, first.lane, len(run)):
+            run = [message for message in run if self._is_new(message, now)]
+        if run:
+            self._bytes.add(len(parts[0]))
+            self._accept(run, began)
+
+    def _on_probe(self, probe: Message, now: float) -> None:
+        sent = probe.fields.get("sent")
+        if type(sent) is not int or sent < 0:
+            self._reject(self._data, "probe")
+            return
+        self._core.probed(probe.node, probe.epoch, sent, probe.lane, now)
+        self._credits_soon()
+
+    def _is_new(self, message: Message, now: float) -> bool:
         verdict = self._core.arrived(message.node, message.epoch, message.seq, message.lane, now)
         if verdict == ACCEPT:
-            self._accept(message, began)
-        elif verdict == "duplicate":
+            return True
+        if verdict == "duplicate":
             self._rare(message.node, message.epoch, "duplicates").add()
         else:
             self._refuse(verdict)
+        return False
 
-    def _accept(self, message: Message, began: int) -> None:
-        books = self._lane_books(message.node, message.epoch)
-        reason = self.check(message) if self.check is not None else None
-        if reason is not None:
-            self._rare(message.node, message.epoch, "refused").add()
-            self._counter("refused", reason).add()
-            self._core.freed(message.node, message.epoch)
-            self._credits_soon()
-            return
-        books.accepted.add()
-        self._bytes.add(message.nbytes)
+    def _accept(self, run: list[Message], began: int) -> None:
+        """Take in messages of one frame."""
+        first, books = run[0], self._lane_books(run[0].node, run[0].epoch)
+        if self.check is not None:
+            run = [message for message in run if self._passes(self.check, message)]
+        books.accepted.add(len(run))
+        self._wire_ns.add(len(run) * max(0, time_ns() - first.sent_at))
         arrived = perf_counter_ns()
         self._decode_ns.add(arrived - began)
-        self._box.append((message, arrived, books))
+        self._box.extend([(message, arrived, books) for message in run])
         self._signal.notify()
+
+    def _passes(self, check: Check, message: Message) -> bool:
+        reason = check(message)
+        if reason is None:
+            return True
+        self._rare(message.node, message.epoch, "refused").add()
+        self._counter("refused", reason).add()
+        self._core.freed(message.node, message.epoch)
+        self._credits_soon()
+        return False
 
     def _lane_books(self, sender: str, epoch: int) -> _LaneBooks:
         books = self._books.get((sender, epoch))

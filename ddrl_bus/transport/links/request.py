@@ -9,17 +9,38 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter_ns, time_ns
 from typing import Any, Final
 
 from ddrl_bus.errors import FencedError, LinkClosedError, RemoteError, UnreachableError, VersionError, WireError
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.base import Backend, SocketKind
+from ddrl_bus.transport.ledger import Counter
 from ddrl_bus.transport.links.end import End, Host
 from ddrl_bus.transport.sessions.request import RequestClient, RequestServer
 from ddrl_bus.transport.wire import Arena, Array, Buffer, Message
 
 ERROR_KIND: Final = "_error"
 MAX_OPEN_REQUESTS: Final = 1024
+
+
+@dataclass(slots=True)
+class _Toll:
+    """What an end's messages cost: in ns, of both ways together."""
+
+    encode_ns: Counter
+    decode_ns: Counter
+    wire_ns: Counter
+
+    def encoded(self, began: int) -> None:
+        self.encode_ns.add(perf_counter_ns() - began)
+
+    def decoded(self, frame: Buffer) -> Message:
+        began, arrived = perf_counter_ns(), time_ns()
+        message = wire.decode(frame)
+        self.wire_ns.add(max(0, arrived - message.sent_at))
+        self.decode_ns.add(perf_counter_ns() - began)
+        return message
 
 
 class Client(End):
@@ -30,6 +51,7 @@ class Client(End):
         self._core: RequestClient[memoryview] = RequestClient()
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._messages = self._counter("messages_out")
+        self._toll = _Toll(*map(self._counter, ("encode_ns", "decode_ns", "wire_ns")))
         self._address = address
         self._socket = self._open(backend, SocketKind.DEALER, self._on_answer, connect=[address])
 
@@ -66,8 +88,9 @@ class Client(End):
             LinkClosedError: this end was closed.
         """
         self._ensure_open()
-        number = self._core.next_id()
+        began, number = perf_counter_ns(), self._core.next_id()
         frame = wire.encode(kind, self._node, self._epoch, number, fields or {}, arrays, self._core.oldest)
+        self._toll.encoded(began)
         self._socket.send(frame)  # before the books, which need not wait for it; with no room now the timer repeats it
         self._core.open(number, frame, self._loop.time(), timeout_s)
         answer = self._waiting[number] = self._loop.create_future()
@@ -79,7 +102,7 @@ class Client(End):
             self._refuse("parts")
             return
         try:
-            message = wire.decode(parts[0])
+            message = self._toll.decoded(parts[0])
         except WireError as error:
             self._refuse(error.reason)
             if error.reason == "version":  # the whole server speaks it: no request will ever be answered
@@ -148,6 +171,7 @@ class Server(End):
         self._box: deque[Request] = deque()
         self._handle: Callable[[Request], None] | None = None
         self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
+        self._toll = _Toll(*map(self._counter, ("encode_ns", "decode_ns", "wire_ns")))
         self._socket = self._open(backend, SocketKind.ROUTER, self._on_request, bind=binds)
 
     async def recv(self) -> Request:
@@ -187,7 +211,7 @@ class Server(End):
             self._reject(self._socket, "parts")
             return
         try:
-            message = wire.decode(parts[1])
+            message = self._toll.decoded(parts[1])
         except WireError as error:
             self._reject(self._socket, error.reason)
             if error.reason == "version":  # what we say in our version tells whoever asks that there are two
@@ -233,10 +257,12 @@ class Server(End):
         """Send and keep the answer; a peer that is gone will ask again if it still cares."""
         if self._closed:
             return
+        began = perf_counter_ns()
         if isinstance(arrays, Arena):
             frame = arrays.encode(self._node, self._epoch, request.seq, fields)
         else:
             frame = wire.encode(kind, self._node, self._epoch, request.seq, fields, arrays)
+        self._toll.encoded(began)
         if not self._socket.send(peer, frame):
             self._counter("unsent_answers").add()
         self._core.answer(request.node, request.epoch, request.seq, frame)

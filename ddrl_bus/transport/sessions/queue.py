@@ -235,6 +235,19 @@ class QueueReceiver:
             self._advance(inbound, now)
         return ACCEPT
 
+    def next_ones(self, sender: str, epoch: int, seq: int, lane: int, count: int) -> bool:
+        """Whether so many messages from `seq` on are just those that come next: they are accepted then, as `arrived`
+        would each of them; else nothing has happened."""
+        inbound = self.senders.get(sender)
+        if inbound is None or inbound.ahead or seq != inbound.received + 1:
+            return False
+        last = seq + count - 1
+        if self._judge(inbound, epoch, last, lane) != ACCEPT:
+            return False
+        self._changed[sender] = inbound
+        inbound.received, inbound.gap_since = last, None
+        return True
+
     def _judge(self, inbound: Inbound | None, epoch: int, seq: int, lane: int) -> Verdict:
         if inbound is None or epoch > inbound.epoch:
             return "unknown_sender"
@@ -248,16 +261,16 @@ class QueueReceiver:
             return "duplicate"
         return ACCEPT
 
-    def freed(self, sender: str, epoch: int) -> None:
-        """A message of this lane left the window: its consumer took it, or it was refused."""
+    def freed(self, sender: str, epoch: int) -> bool:
+        """A message of this lane left the window: its consumer took it, or it was refused. Whether credit is due."""
         inbound = self.senders.get(sender)
-        if inbound is not None and inbound.epoch == epoch:
-            inbound.freed += 1
-            # Each credit costs both sides a wake-up: while one half of a window is given back, the other is under way.
-            if inbound.freed - inbound.told >= self._stride:
-                self._due[sender] = inbound
-            else:
-                self._changed[sender] = inbound
+        if inbound is None or inbound.epoch != epoch:
+            return False
+        inbound.freed += 1
+        # Each credit costs both sides a wake-up: while one half of a window is given back, the other is under way.
+        due = inbound.freed - inbound.told >= self._stride
+        (self._due if due else self._changed)[sender] = inbound
+        return due
 
     def probed(self, sender: str, epoch: int, sent: int, lane: int, now: float) -> None:
         """The sender says that numbers up to `sent` are out."""
