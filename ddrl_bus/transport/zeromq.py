@@ -171,7 +171,7 @@ class ZmqSocket:
         self._when_writable: list[Callable[[], None]] = []
         self._publishes = kind is SocketKind.XPUB
         self._at_once = 1 if kind is SocketKind.DEALER else DRAIN_MESSAGES
-        self._pump_due = False
+        self._pump_due = self._draining = False
         self._locks: list[int] = []
         self.speakers: frozenset[str] | None = None
         self._link = link
@@ -283,7 +283,7 @@ class ZmqSocket:
             if error.errno == errno.EHOSTUNREACH:  # a ROUTER's peer is gone
                 return False
             raise
-        if self._on_message is not None:
+        if self._on_message is not None and not self._draining:  # that asks again after each message
             self._pump_soon()
         return True
 
@@ -314,7 +314,11 @@ class ZmqSocket:
         """`told`: the messages that the descriptor speaks of, for which the socket need not be asked."""
         self._pump_due = False
         if self._on_message is not None:
-            self._drain(self._on_message, told)
+            self._draining = True
+            try:
+                self._drain(self._on_message, told)
+            finally:
+                self._draining = False
         elif told and not self.raw.closed:
             self.raw.getsockopt(_EVENTS)  # unasked, the descriptor stays readable: the loop would spin
         if self._when_writable and not self.raw.closed and int(self.raw.getsockopt(_EVENTS)) & zmq.POLLOUT:
