@@ -12,7 +12,7 @@ import pytest
 from harness import LARGE, SMALL, WAIT_S, Net, fill, number_of, numbered, send, take, turns, until
 
 from ddrl_bus.errors import AddressInUseError, FencedError, LinkClosedError, RemoteError, UnreachableError, UsageError
-from ddrl_bus.transport import shared
+from ddrl_bus.transport import shared, wire
 from ddrl_bus.transport.links import Client, Receiver, Request, Server, Subscriber
 from ddrl_bus.transport.sessions import latest, queue, request
 from ddrl_bus.transport.sessions.rate import BURST_S
@@ -706,6 +706,18 @@ async def test_requests_are_handed_over_as_they_come(net: Net) -> None:
     assert await _ask(client, 5) == 5
     with pytest.raises(UnreachableError):
         await fails
+
+
+async def test_both_ends_count_what_came_and_what_it_took(net: Net) -> None:
+    net.spawn(_echo(net.server()))
+    client = net.client()
+    assert [await _ask(client, i) for i in range(5)] == [*range(5)]
+    asked = len(wire.encode("ask", "client", 1, 1, {"i": 0}, {"v": np.full(4, 0)}))
+    answered = len(wire.encode("echo", "server", 1, 1, {"i": 0}, {"v": np.full(4, 0)}))
+    assert net.count("server", "ask", "bytes_in") == 5 * asked
+    assert net.count("client", "ask", "bytes_in") == 5 * answered
+    for node in ("server", "client"):
+        assert all(net.count(node, "ask", what) > 5_000 for what in ("encode_ns", "decode_ns", "wire_ns"))
 
 
 async def test_an_answer_need_not_be_awaited_at_once(net: Net) -> None:

@@ -26,11 +26,16 @@ MAX_OPEN_REQUESTS: Final = 1024
 
 @dataclass(slots=True)
 class _Toll:
-    """What an end's messages cost: in ns, of both ways together."""
+    """What an end's messages cost: in ns of both ways together, and bytes that came in."""
 
     encode_ns: Counter
     decode_ns: Counter
     wire_ns: Counter
+    bytes_in: Counter
+
+    @classmethod
+    def of(cls, counter: Callable[[str], Counter]) -> _Toll:
+        return cls(*map(counter, cls.__slots__))
 
     def encoded(self, began: int) -> None:
         self.encode_ns.add(perf_counter_ns() - began)
@@ -38,6 +43,7 @@ class _Toll:
     def decoded(self, frame: Buffer) -> Message:
         began, arrived = perf_counter_ns(), time_ns()
         message = wire.decode(frame)
+        self.bytes_in.add(message.nbytes)
         self.wire_ns.add(max(0, arrived - message.sent_at))
         self.decode_ns.add(perf_counter_ns() - began)
         return message
@@ -51,7 +57,7 @@ class Client(End):
         self._core: RequestClient[memoryview] = RequestClient()
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._messages = self._counter("messages_out")
-        self._toll = _Toll(*map(self._counter, ("encode_ns", "decode_ns", "wire_ns")))
+        self._toll = _Toll.of(self._counter)
         self._address = address
         self._socket = self._open(backend, SocketKind.DEALER, self._on_answer, connect=[address])
 
@@ -170,8 +176,7 @@ class Server(End):
         self._core: RequestServer[memoryview] = RequestServer()
         self._box: deque[Request] = deque()
         self._handle: Callable[[Request], None] | None = None
-        self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
-        self._toll = _Toll(*map(self._counter, ("encode_ns", "decode_ns", "wire_ns")))
+        self._messages, self._toll = self._counter("messages_in"), _Toll.of(self._counter)
         self._socket = self._open(backend, SocketKind.ROUTER, self._on_request, bind=binds)
 
     async def recv(self) -> Request:
@@ -226,7 +231,6 @@ class Server(End):
             case "new":
                 self._arrived(Request(message, self, bytes(parts[0]), self._socket.speakers))
                 self._messages.add()
-                self._bytes.add(message.nbytes)
             case (frame,):
                 self._counter("repeated").add()
                 self._socket.send(parts[0], frame)
