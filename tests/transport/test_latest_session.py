@@ -346,6 +346,7 @@ def carry(publisher: LatestPublisher, core: LatestSubscriber, rate: float, now: 
         sizes.append(len(chunk.body))
         now += sizes[-1] / rate
         whole = core.chunk(chunk.head, chunk.body, now) is not None
+    assert publisher.asked(LIFE, core.question(now) or ask(), now)
     return now, sizes
 
 
@@ -512,6 +513,16 @@ def test_no_span_of_time_carries_more_than_the_rate_and_everybody_gets_a_turn() 
     for count, (when, _) in enumerate(sent):
         assert count * CHUNK <= 2 * CHUNK * (when - 5.0 + BURST_S) + 1e-6
     assert now == pytest.approx(5.0 + (len(sent) - 1) / 2, abs=BURST_S + 1e-6)
+
+
+@pytest.mark.parametrize(("rate", "chunk"), [(8e6, CHUNK), (2 * WINDOW / WITHIN_S, 2 * CHUNK)])
+def test_chunks_grow_no_further_than_the_rate(rate: float, chunk: int) -> None:
+    publisher, core, now = LatestPublisher(rate=rate), LatestSubscriber(0.0), 0.0
+    for number in range(1, 9):
+        publisher.publish((1, number), frame(CHUNK // 2, (1, number), seed=number))
+        now, _ = carry(publisher, core, 1e10, now + 1.0)
+    publisher.publish((1, 9), frame(MAX_WINDOW, (1, 9)))
+    assert len(publisher.more(LIFE, now + 1.0)[0].body) == chunk
 
 
 def test_what_waits_for_the_rate_is_the_newest_when_its_turn_comes() -> None:

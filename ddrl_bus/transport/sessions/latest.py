@@ -143,8 +143,8 @@ class _Fetching:
         """Nothing is on its way."""
         self.ask, self.sent, self.window, self.timed = ask, ask.received, WINDOW, None
 
-    def go_on(self, ask: Ask, now: float) -> None:
-        """More has been received: the window is what comes in `WITHIN_S`, but at most twice what it was."""
+    def go_on(self, ask: Ask, now: float, most: int) -> None:
+        """More has been received: the window is what comes in `WITHIN_S`, but at most twice what it was, or `most`."""
         self.ask = ask
         if self._has_all():
             self.sent = ask.received  # what has not come by now is lost, and must not fill the window for ever
@@ -156,7 +156,7 @@ class _Fetching:
             return
         comes = int((ask.received - received) * WITHIN_S / took)
         least = self.window if took < WITHIN_S else WINDOW  # it came sooner, and no more was sent
-        self.window, self.timed = max(least, min(comes, 2 * self.window, MAX_WINDOW)), None
+        self.window, self.timed = max(least, min(comes, 2 * self.window, most)), None
 
     def _has_all(self) -> bool:
         """Whether it said so of what it was sent of `payload`."""
@@ -186,6 +186,7 @@ class LatestPublisher:
         """Of the current value, by their base."""
         self._fetching: dict[Life, _Fetching] = {}
         self._bucket = TokenBucket(rate, now)
+        self._most = MAX_WINDOW if rate is None else min(max(int(rate * WITHIN_S), WINDOW), MAX_WINDOW)
         self._waiting: dict[Life, None] = {}
         """For whom there is more than the rate allows, in the order of their turns."""
 
@@ -219,7 +220,7 @@ class LatestPublisher:
         elif ask.number < who.ask.number:  # it was overtaken
             return True
         elif ask.number > who.ask.number and ask.since == who.ask.since:
-            who.go_on(ask, now)
+            who.go_on(ask, now, self._most)
             return True
         who.begin(ask)
         if who.payload is None and ask.partial == self.version:
