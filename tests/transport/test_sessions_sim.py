@@ -290,6 +290,12 @@ class BeginsAnewEachTime(LatestPublisher):
         return super().asked(life, ask._replace(since=ask.number), now)
 
 
+class TakesEachLinkForFast(LatestPublisher):
+    def more(self, life: Any, now: float) -> Any:
+        self._fetching[life].window = latest.MAX_WINDOW
+        return super().more(life, now)
+
+
 class TakesOthersForTheSame(LatestPublisher):
     def publish(self, version: Any, value: memoryview) -> None:
         before = [*self._same, *([self.version] if self.version else [])]
@@ -351,6 +357,7 @@ MUTANTS: list[tuple[type[World], str, type]] = [
     *((LatestSimulation, "subscriber_core", core) for core in (StaysWithOldPartial,)),
     *((LatestSimulation, "publisher_core", core) for core in (TellsNobodyWhereItIs, ForgetsNobody, AlwaysReplaces)),
     *((LatestSimulation, "publisher_core", core) for core in (BeginsAnewEachTime, TakesOthersForTheSame)),
+    (LatestSimulation, "publisher_core", TakesEachLinkForFast),
     *((RequestSimulation, "server_core", core) for core in (RunsRepetitions, ForgetsAnswers, RunsEarlierLives)),
     *((RequestSimulation, "server_core", core) for core in (NeverRuns,)),
     *((RequestSimulation, "client_core", core) for core in (TakesLateAnswers, NeverTimesOut, NeverRepeats)),
