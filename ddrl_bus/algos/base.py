@@ -7,13 +7,13 @@ unbroken one. Nothing global is set: threads belong to the node, and initialisat
 
 from __future__ import annotations
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from ddrl_bus.algos import memory
@@ -330,11 +330,11 @@ class Algorithm(ABC, Generic[ConfigT]):
             torch.from_numpy(array).copy_(self._weights[name])  # numpy takes 20 times as long to make halves
 
     def digest(self) -> int:
-        """CRC-32 of the parameters: replicas whose parameters differ have, but for a coincidence, others."""
-        found = 0
+        """xxHash of the parameters, XXH3 in the 63 bits of an int64: replicas whose parameters differ have others."""
+        found = xxhash.xxh3_64()
         for p in self._params:
-            found = zlib.crc32(p.detach().cpu().numpy(), found)
-        return found
+            found.update(p.detach().cpu().numpy())
+        return found.intdigest() >> 1
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything that the next update depends on: network, optimiser, generator and counters, as a flat mapping."""

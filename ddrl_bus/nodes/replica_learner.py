@@ -246,7 +246,7 @@ class ReplicaLearner(Learner):
         self.algo.load_state(decode(collective.broadcast(None, source).tobytes()).arrays)
         if (digest := self.algo.digest()) != told[source][1]:
             raise DivergedError(
-                f"{self.name}: parameters of digest {digest:08x} came, rank {source} has {told[source][1]:08x}"
+                f"{self.name}: parameters of digest {digest:016x} came, rank {source} has {told[source][1]:016x}"
             )
 
     def _sum(self, tensor: torch.Tensor) -> None:

@@ -107,7 +107,7 @@ class Votes:
         theirs, mine = dict(vote.digests), dict(self._digests)
         for update in sorted(theirs.keys() & mine.keys()):
             if theirs[update] != mine[update]:
-                ours, expected = (f"{digest:08x}" for digest in (mine[update], theirs[update]))
+                ours, expected = (f"{digest:016x}" for digest in (mine[update], theirs[update]))
                 raise DivergedError(
                     f"{self.node.name}: parameters of digest {ours} after update {update}, expected {expected}, which "
                     f"{name} has: replicas must stay equal"

@@ -121,13 +121,10 @@ def _mapped(path: Path, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.ui
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, size)  # else a write could fail later, and that kills
-        return _slots_of(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+        page = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        return np.frombuffer(page, np.uint8).reshape(SLOTS, -1)
     finally:
         os.close(fd)
-
-
-def _slots_of(page: mmap.mmap) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    return np.frombuffer(page, np.uint8).reshape(SLOTS, -1)
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -152,8 +149,9 @@ class SharedSlots:
             page = mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
-        self._slots = _slots_of(page)
-        self._headers = self._slots[:, :ALIGN].view(np.uint64)
+        size = len(page) // SLOTS
+        slots = [memoryview(page)[at : at + size] for at in range(0, len(page), size)]
+        self._headers, self._values = [slot[:ALIGN].cast("Q") for slot in slots], [slot[ALIGN:] for slot in slots]
         self._decoded: tuple[Message, int] | None = None
 
     def newest(self) -> tuple[Message, int]:
@@ -187,16 +185,15 @@ class SharedSlots:
 
     def has(self, generation: int) -> bool:
         """Whether what has this generation lies there untouched."""
-        return int(self._headers[generation // 2 % SLOTS, 0]) == generation
+        return self._headers[generation // 2 % SLOTS][0] == generation
 
     def _frame(self) -> tuple[memoryview, int]:
         """The newest slot that is not being written."""
-        generation = max((g for g in self._headers[:, 0].tolist() if g % 2 == 0), default=0)
+        generation = max([g for header in self._headers if (g := header[0]) % 2 == 0], default=0)
         if not generation:
             raise WireError("shared", "no slot holds a value")
         slot = generation // 2 % SLOTS
-        size = int(self._headers[slot, 1])
-        return self._slots[slot, ALIGN:][:size].data, generation
+        return self._values[slot][: self._headers[slot][1]], generation
 
 
 # ── where ────────────────────────────────────────────────────────────────────────────────────────────────────────────

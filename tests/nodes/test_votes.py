@@ -275,8 +275,8 @@ async def test_what_another_has_made_of_the_update_before_the_last_is_waited_for
 
 
 WORDS = (
-    r"^learner-0: parameters of digest 00000007 after update 3, expected 00000008, which learner-1 "
-    "has: replicas must stay equal$"
+    r"^learner-0: parameters of digest 0000000000000007 after update 3, expected 0000000000000008, "
+    "which learner-1 has: replicas must stay equal$"
 )
 
 

@@ -679,7 +679,7 @@ class PublisherLife(Life):
         self.heard.setdefault(life, []).append(ask)
         if fetches:
             self.pipes[life] = pipe
-            self.world.require(self.core.asked(life, ask), "too many ask")
+            self.world.require(self.core.asked(life, ask, self.world.now), "too many ask")
             self._send_more(life)
         elif self.core.version is not None and self.core.version > ask.held:
             self._announce(pipe)
@@ -823,8 +823,8 @@ class SubscriberLife(Life):
 
 
 class LatestSimulation(World):
-    """One publisher and some subscribers of one `latest` link, who fetch or are told. `latest.CHUNK` and `WINDOW`
-    should be patched to something small."""
+    """One publisher and some subscribers of one `latest` link, who fetch or are told. `latest.CHUNK`,
+    `WINDOW` and `MAX_WINDOW` should be patched to something small."""
 
     publisher_core: type[LatestPublisher] = LatestPublisher
     subscriber_core: type[LatestSubscriber] = LatestSubscriber
@@ -900,9 +900,11 @@ class LatestSimulation(World):
         )
 
     def check(self) -> None:
+        far = {s.life for s in self.subscribers if s.far}
         for life, who in self.seat.life.core._fetching.items() if self.drawn_faults.none else ():
             under_way = who.sent - who.ask.received
-            self.require(under_way < latest.WINDOW + latest.CHUNK, "more than a window on its way to", life)
+            window = latest.WINDOW if self.byte_s and life in far else latest.MAX_WINDOW
+            self.require(under_way < window + window * latest.CHUNK // latest.WINDOW, "more than a window to", life)
 
     def state(self) -> object:
         return self.published, {str(s): (s.held, s.taken_calm, s.question) for s in self.subscribers}

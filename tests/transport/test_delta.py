@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import lz4.block
 import numpy as np
@@ -17,17 +18,18 @@ def frame(values: Array, number: int = 1, **fields: int) -> memoryview:
     return wire.encode("weights", "learner-0", 1, number, fields, {"v": values})
 
 
-def weights(step: int = 0) -> Array:
+def weights(step: int = 0, dtype: type[np.floating[Any]] = np.float16) -> Array:
     rng = np.random.default_rng(0)
-    return (rng.standard_normal(50_000) + 1e-4 * step * rng.standard_normal(50_000)).astype(np.float16)
+    return (rng.standard_normal(50_000) + 1e-4 * step * rng.standard_normal(50_000)).astype(dtype)
 
 
 @pytest.mark.parametrize("number", [1, 1 << 40])  # the head is another one, and may be longer
-def test_a_difference_brings_back_every_bit(number: int) -> None:
-    base, value = frame(weights()), frame(weights(1), number, env_steps=number)
+@pytest.mark.parametrize(("dtype", "share"), [(np.float16, 0.4), (np.float32, 0.7)])
+def test_a_difference_brings_back_every_bit(dtype: type[np.floating[Any]], share: float, number: int) -> None:
+    base, value = frame(weights(0, dtype)), frame(weights(1, dtype), number, env_steps=number)
     packed = delta.encode(base, value)
     assert packed is not None
-    assert len(packed) < len(value) / 2
+    assert len(packed) < share * len(value)
     decoded = delta.decode(base, packed)
     assert (decoded, decoded.readonly) == (value, True)
     arrays = wire.decode(decoded).arrays
@@ -71,6 +73,18 @@ def test_garbage_is_refused_and_nothing_else_is_raised() -> None:
         else:
             assert len(decoded) <= len(garbled) + len(base)
     assert refused == {"truncated", "codec"}
+
+
+def test_what_is_no_arena_is_no_base() -> None:
+    """As of a frame that is compressed itself."""
+    value = frame(weights())
+    bases = [value[: len(value) - n] for n in range(1, 4)]
+    assert [delta.encode(base, base) for base in bases] == [None] * 3
+    packed = delta.encode(value, frame(weights(1)))
+    assert packed is not None
+    for base in bases:
+        with pytest.raises(WireError, match="no arena"):
+            delta.decode(base, packed)
 
 
 @pytest.mark.parametrize("size", [10, 200_000])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from random import Random
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from ddrl_bus.errors import WireError
@@ -15,9 +17,11 @@ from ddrl_bus.transport.sessions.latest import (
     ASK_AFTER_S,
     CHUNK,
     KEPT,
+    MAX_WINDOW,
     NOTHING,
     SILENT_S,
     WINDOW,
+    WITHIN_S,
     Ask,
     Chunk,
     LatestPublisher,
@@ -50,9 +54,9 @@ def ask(number: int = 1, received: int = 0, held: Version = NOTHING, **more: Any
     )
 
 
-def first(publisher: LatestPublisher, question: Ask | None = None) -> list[Chunk]:
-    assert publisher.asked(LIFE, question or ask())
-    return publisher.more(LIFE, now=0.0)
+def first(publisher: LatestPublisher, question: Ask | None = None, now: float = 0.0) -> list[Chunk]:
+    assert publisher.asked(LIFE, question or ask(), now)
+    return publisher.more(LIFE, now)
 
 
 def chunks(version: Version, content: memoryview) -> list[Chunk]:
@@ -75,8 +79,8 @@ def converse(publisher: LatestPublisher, core: LatestSubscriber, now: float = 0.
         question = core.question(now)
         told = question is not None
         if question:
-            assert publisher.asked(LIFE, question)
-        for chunk in publisher.more(LIFE, now=0.0):
+            assert publisher.asked(LIFE, question, now)
+        for chunk in publisher.more(LIFE, now):
             told = True
             if complete := core.chunk(chunk.head, chunk.body, now):
                 assert complete[1] == publisher.value
@@ -180,11 +184,12 @@ def test_malformed_heads_are_refused(head: object) -> None:
     assert core._partial is None
 
 
-def test_a_claim_of_much_allocates_nothing() -> None:
-    core = LatestSubscriber(0.0)
+def test_a_claim_of_much_takes_no_memory() -> None:
+    core, before = LatestSubscriber(0.0), psutil.Process().memory_info().rss
     core.chunk([1, 1, latest.MAX_VALUE, 0, 0, 0, 0], memoryview(bytes(8)), 0.0)
     assert core._partial is not None
-    assert len(core._partial.data) == 8
+    assert core._partial.size == 8
+    assert psutil.Process().memory_info().rss - before < latest.MAX_VALUE // 8
 
 
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -328,6 +333,73 @@ def test_an_overtaken_question_changes_nothing() -> None:
     assert publisher.fetching == (LIFE,)
 
 
+def carry(publisher: LatestPublisher, core: LatestSubscriber, rate: float, now: float) -> tuple[float, list[int]]:
+    """A value, over a link of so many bytes a second: when it is whole, and the bytes of its chunks."""
+    under_way, sizes, whole = deque[Chunk](), list[int](), False
+    while not whole:
+        if question := core.question(now):
+            assert publisher.asked(LIFE, question, now)
+        under_way += publisher.more(LIFE, now)
+        assert under_way, "they wait for each other"
+        assert sum(len(chunk.body) for chunk in under_way) < latest.MAX_WINDOW * (1 + CHUNK / WINDOW)
+        chunk = under_way.popleft()
+        sizes.append(len(chunk.body))
+        now += sizes[-1] / rate
+        whole = core.chunk(chunk.head, chunk.body, now) is not None
+    assert publisher.asked(LIFE, core.question(now) or ask(), now)
+    return now, sizes
+
+
+def test_a_window_is_what_comes_in_a_moment() -> None:
+    """However fast the links that a value goes over, one after the other, nobody waits for a clock."""
+    publisher, core, now, last = LatestPublisher(), LatestSubscriber(0.0), 0.0, list[int]()
+    slow, middling, fast = 1e6, 3 * WINDOW / WITHIN_S, 1e10
+    for number, rate in enumerate((slow, fast, slow, middling, fast, middling), start=1):
+        publisher.publish((1, number), frame(80 * CHUNK, (1, number), seed=number))
+        now, sizes = carry(publisher, core, rate, now)
+        last.append(sizes[-2])
+        if number == 3:  # the link has become slow: it is full once, and once half full
+            assert sum(size for size in sizes if size > CHUNK) <= 3 * MAX_WINDOW // 2
+    most = CHUNK * MAX_WINDOW // WINDOW
+    assert last == pytest.approx([CHUNK, most, CHUNK, 3 * CHUNK, most, 3 * CHUNK], rel=0.3)
+
+
+def test_nobody_waits_for_a_clock_however_fast_a_link_becomes_or_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a subscriber has not told of yet must not fill a window that has become smaller."""
+    for name, nbytes in {"CHUNK": 64, "WINDOW": 256, "MAX_WINDOW": 2048}.items():
+        monkeypatch.setattr(latest, name, nbytes)
+    publisher, core, now, rng = LatestPublisher(), LatestSubscriber(0.0), 0.0, Random(0)
+    for number in range(1, 300):
+        publisher.publish((1, number), frame(rng.randrange(10_000), (1, number), seed=number))
+        now, _ = carry(publisher, core, 10 ** rng.uniform(3, 7), now)
+
+
+def test_what_is_lost_does_not_fill_a_window_for_ever() -> None:
+    """All of a value, which who gets the next one does not miss; and meanwhile the window has become smaller."""
+    publisher, core = published(V1, size=2 * MAX_WINDOW), LatestSubscriber(0.0)
+    now, _ = carry(publisher, core, 1e10, 0.0)
+    publisher.publish(V2, frame(MAX_WINDOW // 2, V2))
+    assert publisher.more(LIFE, now)[-1].last
+    publisher.publish(V3, frame(MAX_WINDOW, V3))
+    now += 1.0
+    take(core, *publisher.more(LIFE, now), now=now)
+    question = core.question(now)
+    assert question is not None
+    assert question.since == 1
+    assert publisher.asked(LIFE, question, now)
+    assert publisher.more(LIFE, now)
+
+
+def test_a_window_lasts_as_long_as_its_connection() -> None:
+    publisher, core = published(V1, size=100 * CHUNK), LatestSubscriber(0.0)
+    now, _ = carry(publisher, core, 1e10, 0.0)
+    publisher.publish(V2, frame(100, V2))
+    now, _ = carry(publisher, core, 1e4, now)  # so little shows nothing of the link
+    publisher.publish(V3, frame(100 * CHUNK, V3))
+    assert sum(len(chunk.body) for chunk in publisher.more(LIFE, now)) == MAX_WINDOW
+    assert sum(len(chunk.body) for chunk in first(publisher, ask(99, since=99), 3.0)) == WINDOW
+
+
 def test_a_newer_value_takes_the_place_of_a_half_sent_one_but_once() -> None:
     """A publisher that is faster than the link: what replaced another one is sent to its end."""
     publisher = published(V1, size=10 * CHUNK)
@@ -335,7 +407,7 @@ def test_a_newer_value_takes_the_place_of_a_half_sent_one_but_once() -> None:
     begun, whole = [1], []
     for number in range(2, 30):
         publisher.publish((1, number), frame(10 * CHUNK, (1, number), seed=number))
-        for chunk in first(publisher, ask(number, received=sent)):
+        for chunk in first(publisher, ask(number, received=sent), now=float(number)):
             sent += len(chunk.body)
             begun += [chunk.payload.version[1]] if chunk.offset == 0 else []
             whole += [chunk.payload.version[1]] if chunk.last else []
@@ -347,7 +419,7 @@ def test_a_newer_value_takes_the_place_of_a_half_sent_one_but_once() -> None:
 def test_too_many_who_ask_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latest, "MAX_FETCHING", 2)
     publisher = published(V1)
-    assert [publisher.asked((f"actor-{n}", 1), ask()) for n in range(3)] == [True, True, False]
+    assert [publisher.asked((f"actor-{n}", 1), ask(), now=0.0) for n in range(3)] == [True, True, False]
 
 
 # ── what a value differs in ──────────────────────────────────────────────────────────────────────────────────────────
@@ -390,7 +462,7 @@ def test_only_so_many_values_are_kept() -> None:
     publisher = LatestPublisher(differences=True)
     for number in range(1, 20):
         publisher.publish((1, number), changed((1, number)))
-        publisher.asked((f"actor-{number}", 1), ask())
+        publisher.asked((f"actor-{number}", 1), ask(), now=0.0)
         publisher.more((f"actor-{number}", 1), now=0.0)
     assert list(publisher._kept) == [(1, number) for number in range(20 - KEPT, 20)]
 
@@ -430,7 +502,7 @@ def test_no_span_of_time_carries_more_than_the_rate_and_everybody_gets_a_turn() 
         sent.extend((now, life) for _ in publisher.more(life, now))
 
     for life in lives:
-        assert publisher.asked(life, ask())
+        assert publisher.asked(life, ask(), now)
         send(life)
     while (wait_s := publisher.throttled_s(now)) is not None:
         now += wait_s
@@ -443,12 +515,22 @@ def test_no_span_of_time_carries_more_than_the_rate_and_everybody_gets_a_turn() 
     assert now == pytest.approx(5.0 + (len(sent) - 1) / 2, abs=BURST_S + 1e-6)
 
 
+@pytest.mark.parametrize(("rate", "chunk"), [(8e6, CHUNK), (2 * WINDOW / WITHIN_S, 2 * CHUNK)])
+def test_chunks_grow_no_further_than_the_rate(rate: float, chunk: int) -> None:
+    publisher, core, now = LatestPublisher(rate=rate), LatestSubscriber(0.0), 0.0
+    for number in range(1, 9):
+        publisher.publish((1, number), frame(CHUNK // 2, (1, number), seed=number))
+        now, _ = carry(publisher, core, 1e10, now + 1.0)
+    publisher.publish((1, 9), frame(MAX_WINDOW, (1, 9)))
+    assert len(publisher.more(LIFE, now + 1.0)[0].body) == chunk
+
+
 def test_what_waits_for_the_rate_is_the_newest_when_its_turn_comes() -> None:
     publisher = LatestPublisher(rate=100, now=0.0)
     publisher.publish(V1, frame(1000, V1))
     other = ("actor-1", 1)
     for life in (LIFE, other):
-        assert publisher.asked(life, ask())
+        assert publisher.asked(life, ask(), now=0.0)
     assert [chunk.payload.version for chunk in publisher.more(LIFE, 0.0)] == [V1]
     assert publisher.more(other, 0.0) == []
     publisher.publish(V2, frame(1000, V2))
@@ -464,7 +546,7 @@ def test_nobody_waits_who_is_gone_or_is_sent_all_there_is() -> None:
     assert len(first(publisher)) == 1
     assert publisher.throttled_s(0.0) is None
     late = ("actor-1", 1)
-    assert publisher.asked(late, ask())
+    assert publisher.asked(late, ask(), now=0.0)
     assert publisher.more(late, 0.0) == []
     assert publisher.throttled_s(0.0) == pytest.approx(len(frame(1000)) / 100 - BURST_S)
     publisher.gone(late, ask())

@@ -32,6 +32,7 @@ SEEDS = [int(ONE_SEED)] if ONE_SEED else range(int(os.environ.get("DDRL_SEEDS", 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latest, "CHUNK", 64)
     monkeypatch.setattr(latest, "WINDOW", 256)
+    monkeypatch.setattr(latest, "MAX_WINDOW", 1024)
 
 
 @pytest.mark.parametrize("simulation", SIMULATIONS)
@@ -60,7 +61,7 @@ def test_same_seed_same_trace(simulation: type[World]) -> None:
 
 def test_same_seed_same_trace_in_another_process() -> None:
     digest = "import simulator, zlib; from ddrl_bus.transport.sessions import latest; t = ''\n"
-    digest += "latest.CHUNK, latest.WINDOW = 64, 256\n"
+    digest += "latest.CHUNK, latest.WINDOW, latest.MAX_WINDOW = 64, 256, 1024\n"
     digest += "for s in range(9):\n for k in (simulator.QueueSimulation, simulator.LatestSimulation):\n"
     digest += "  w = k(s); w.run(); t += str([tuple(map(str, e)) for e in w.trace])\nprint(zlib.crc32(t.encode()))"
     here = "".join(str(trace_of(k, seed)) for seed in range(9) for k in (QueueSimulation, LatestSimulation))
@@ -285,8 +286,14 @@ class AlwaysReplaces(LatestPublisher):
 
 
 class BeginsAnewEachTime(LatestPublisher):
-    def asked(self, life: Any, ask: Any) -> bool:
-        return super().asked(life, ask._replace(since=ask.number))
+    def asked(self, life: Any, ask: Any, now: float) -> bool:
+        return super().asked(life, ask._replace(since=ask.number), now)
+
+
+class TakesEachLinkForFast(LatestPublisher):
+    def more(self, life: Any, now: float) -> Any:
+        self._fetching[life].window = latest.MAX_WINDOW
+        return super().more(life, now)
 
 
 class TakesOthersForTheSame(LatestPublisher):
@@ -350,6 +357,7 @@ MUTANTS: list[tuple[type[World], str, type]] = [
     *((LatestSimulation, "subscriber_core", core) for core in (StaysWithOldPartial,)),
     *((LatestSimulation, "publisher_core", core) for core in (TellsNobodyWhereItIs, ForgetsNobody, AlwaysReplaces)),
     *((LatestSimulation, "publisher_core", core) for core in (BeginsAnewEachTime, TakesOthersForTheSame)),
+    (LatestSimulation, "publisher_core", TakesEachLinkForFast),
     *((RequestSimulation, "server_core", core) for core in (RunsRepetitions, ForgetsAnswers, RunsEarlierLives)),
     *((RequestSimulation, "server_core", core) for core in (NeverRuns,)),
     *((RequestSimulation, "client_core", core) for core in (TakesLateAnswers, NeverTimesOut, NeverRepeats)),

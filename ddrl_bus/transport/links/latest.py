@@ -171,7 +171,7 @@ class Publisher(End):
             return
         self._counter("questions").add()
         if question.fetches:
-            if self._core.asked(question.life, question.ask):
+            if self._core.asked(question.life, question.ask, self._loop.time()):
                 self._send_more(question.life)
             else:
                 self._refuse("crowd")

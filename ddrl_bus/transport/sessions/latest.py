@@ -3,8 +3,9 @@
 A value is a whole wire frame under a version `(epoch, number)`. To subscribers of its host a publisher announces each
 value as it comes, in one message. Others *fetch*: they ask, and the answer is a window of chunks of the newest value,
 as soon as there is one that they do not hold; a question says how much has come, and the next chunks follow. So no more
-than a window is ever on its way to one subscriber, however slow the link. A newer value takes the place of one that is
-half sent, but once only until one is whole: else who is slower than the publisher would never get any.
+than a window is ever on its way to one subscriber, however slow the link; it grows to what the link delivers in
+`WITHIN_S`. A newer value takes the place of one that is half sent, but once only until one is whole: else who is slower
+than the publisher would never get any.
 
 A value may travel as what it differs in from the one that the subscriber holds; `delta.py` says how.
 
@@ -15,14 +16,15 @@ got to: who has less than that has lost something, and asks for it anew.
 from __future__ import annotations
 
 import re
-import zlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import xxhash
+
 from ddrl_bus.errors import WireError
-from ddrl_bus.transport import delta
+from ddrl_bus.transport import delta, wire
 from ddrl_bus.transport.sessions.rate import TokenBucket
 
 Version = tuple[int, int]
@@ -34,7 +36,11 @@ NOTHING: Final[Version] = (0, 0)
 CHUNK: Final = 256 << 10
 """Bytes: a frame that takes longer than the heartbeat timeout to arrive is never delivered, so large values are cut."""
 WINDOW: Final = 1 << 20
-"""Bytes on their way to one subscriber."""
+"""Bytes on their way to one subscriber: at first, and over a slow link."""
+MAX_WINDOW: Final = 8 << 20
+"""Over a fast one. Chunks grow with their window, for each costs as much as copying some 200 KB."""
+WITHIN_S: Final = 0.05
+"""A window grows to what comes in this time: no longer does a newer value wait for what is on its way."""
 BEACON_EVERY_S: Final = 1.0
 ASK_AFTER_S: Final = 0.5
 """How long a subscriber may know of a newer version, and get none of it, before it asks again."""
@@ -110,8 +116,8 @@ class Chunk:
 
 
 def digest(value: memoryview | bytearray | bytes) -> int:
-    """CRC-32: it guards against torn and mixed values, not against an enemy."""
-    return zlib.crc32(value)
+    """xxHash, XXH3 of 64 bits: it guards against torn and mixed values, not against an enemy."""
+    return xxhash.xxh3_64_intdigest(value)
 
 
 # ── publishing ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -129,6 +135,35 @@ class _Fetching:
     """Bytes, plus what it had received before: less what it has received since, they are on their way."""
     replaced: bool = False
     """Whether `payload` took the place of one that was half sent."""
+    window: int = 0
+    timed: tuple[int, int, float] | None = None
+    """`sent` at one moment, what of it had been received, and when that was."""
+
+    def begin(self, ask: Ask) -> None:
+        """Nothing is on its way."""
+        self.ask, self.sent, self.window, self.timed = ask, ask.received, WINDOW, None
+
+    def go_on(self, ask: Ask, now: float, most: int) -> None:
+        """More has been received: the window is what comes in `WITHIN_S`, but at most twice what it was, or `most`."""
+        self.ask = ask
+        if self._has_all():
+            self.sent = ask.received  # what has not come by now is lost, and must not fill the window for ever
+        if self.timed is None:
+            return
+        sent, received, since = self.timed
+        took = max(now - since, 1e-3)
+        if ask.received < sent and took < WITHIN_S:
+            return
+        comes = int((ask.received - received) * WITHIN_S / took)
+        least = self.window if took < WITHIN_S else WINDOW  # it came sooner, and no more was sent
+        self.window, self.timed = max(least, min(comes, 2 * self.window, most)), None
+
+    def _has_all(self) -> bool:
+        """Whether it said so of what it was sent of `payload`."""
+        if self.payload is None:
+            return False
+        whole = self.ask.held == self.payload.version and self.at == len(self.payload.data)
+        return whole or (self.ask.partial, self.ask.offset) == (self.payload.version, self.at)
 
 
 class LatestPublisher:
@@ -151,6 +186,7 @@ class LatestPublisher:
         """Of the current value, by their base."""
         self._fetching: dict[Life, _Fetching] = {}
         self._bucket = TokenBucket(rate, now)
+        self._most = MAX_WINDOW if rate is None else min(max(int(rate * WITHIN_S), WINDOW), MAX_WINDOW)
         self._waiting: dict[Life, None] = {}
         """For whom there is more than the rate allows, in the order of their turns."""
 
@@ -174,7 +210,7 @@ class LatestPublisher:
         self.version, self.value, self._digest = version, value, None
         self._payloads.clear()
 
-    def asked(self, life: Life, ask: Ask) -> bool:
+    def asked(self, life: Life, ask: Ask, now: float) -> bool:
         """Take a question in; `more` answers it. False: there are too many who ask."""
         who = self._fetching.get(life)
         if who is None:
@@ -184,9 +220,9 @@ class LatestPublisher:
         elif ask.number < who.ask.number:  # it was overtaken
             return True
         elif ask.number > who.ask.number and ask.since == who.ask.since:
-            who.ask = ask
+            who.go_on(ask, now, self._most)
             return True
-        who.ask, who.sent = ask, ask.received
+        who.begin(ask)
         if who.payload is None and ask.partial == self.version:
             who.payload = self._payload(ask.held)
         if who.payload is not None and who.payload.version != ask.partial:
@@ -204,16 +240,18 @@ class LatestPublisher:
         """The next chunks for one who fetches, as many as there is room for on the way and the rate allows."""
         who, chunks = self._fetching[life], list[Chunk]()
         received = min(who.ask.received, who.sent)
-        while who.sent - received < WINDOW and (payload := self._under_way(who)) is not None:
+        while who.sent - received < who.window and (payload := self._under_way(who)) is not None:
             if self._bucket.wait_s(now) > 0:
                 self._waiting[life] = None
                 break
-            chunks.append(Chunk(payload, who.at, payload.data[who.at : who.at + CHUNK]))
+            chunks.append(Chunk(payload, who.at, payload.data[who.at : who.at + who.window * CHUNK // WINDOW]))
             who.at += len(chunks[-1].body)
             who.sent += len(chunks[-1].body)
             self._bucket.spend(len(chunks[-1].body), now)
             if chunks[-1].last:
                 who.replaced = False
+        if who.timed is None and who.sent > received:
+            who.timed = who.sent, received, now
         return chunks
 
     def throttled_s(self, now: float) -> float | None:
@@ -286,7 +324,10 @@ class _Partial:
     base: Version
     total: int
     digest: int
-    data: bytearray
+    data: memoryview
+    """Room for all of it; the kernel gives no memory to what is not written."""
+    size: int = 0
+    """Bytes that have come."""
 
 
 class LatestSubscriber:
@@ -337,9 +378,9 @@ class LatestSubscriber:
             return None
         if partial is None or new.version > partial.version:
             partial = new
-        if offset > len(partial.data):
+        if offset > partial.size:
             self._lost = True
-        if offset != len(partial.data) or not body:
+        if offset != partial.size or not body:
             return None
         if partial is new and not self._fits(new.base):
             self._lost = True
@@ -353,8 +394,11 @@ class LatestSubscriber:
         self._partial, self._lost, self._ask_at = partial, False, now + ASK_AFTER_S
         if len(body) == partial.total:  # all in one: no need to copy it
             return self._complete(partial, body, now)
-        partial.data += body
-        return self._complete(partial, memoryview(partial.data), now) if len(partial.data) == partial.total else None
+        if partial is new:
+            partial.data = wire.aligned(partial.total)
+        partial.data[offset : offset + len(body)] = body
+        partial.size += len(body)
+        return self._complete(partial, partial.data, now) if partial.size == partial.total else None
 
     def _complete(self, partial: _Partial, data: memoryview, now: float) -> tuple[Version, memoryview]:
         try:
@@ -409,7 +453,7 @@ class LatestSubscriber:
         self._number += 1
         self._told, self._ask_at = self._received, max(self._ask_at, now + ASK_AFTER_S)
         partial = self._partial
-        under_way = (partial.version, len(partial.data)) if partial else (NOTHING, 0)
+        under_way = (partial.version, partial.size) if partial else (NOTHING, 0)
         held = NOTHING if self._distrusts else self.held
         return Ask(self._number, self._since, self._received, held, *under_way)
 
@@ -418,6 +462,6 @@ def _parsed(head: object, size: int) -> tuple[_Partial, int]:
     if not isinstance(head, list) or len(head) != 7 or any(type(n) is not int or n < 0 for n in head):
         raise WireError("chunk", "a chunk starts with seven unsigned integers")
     epoch, number, total, offset, whole, *base = head
-    if not 0 < total <= MAX_VALUE or offset + size > total or size > CHUNK:
+    if not 0 < total <= MAX_VALUE or offset + size > total or size > MAX_WINDOW * CHUNK // WINDOW:
         raise WireError("chunk", f"bytes {offset} to {offset + size} of {total} is no chunk of a value")
-    return _Partial((epoch, number), (base[0], base[1]), total, whole, bytearray()), offset
+    return _Partial((epoch, number), (base[0], base[1]), total, whole, memoryview(b"")), offset
