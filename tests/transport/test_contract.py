@@ -446,6 +446,19 @@ async def _next(subscriber: Subscriber) -> tuple[int, int]:
     return message.epoch, message.seq
 
 
+@SIZES
+async def test_the_way_of_a_value_is_timed_but_not_how_old_the_first_was(net: Net, layout: Layout) -> None:
+    publisher = net.publisher()
+    publisher.publish(1, numbered(1, layout), {"i": 1})
+    await asyncio.sleep(0.05)
+    subscriber = net.subscriber()
+    assert await _next(subscriber) == (1, 1)
+    assert net.count("subscriber", "weights", "wire_ns") == 0
+    publisher.publish(2, numbered(2, layout), {"i": 2})
+    assert await _next(subscriber) == (1, 2)
+    assert 1_000 < net.count("subscriber", "weights", "wire_ns") < WAIT_S * 1e9
+
+
 async def test_a_late_joiner_gets_the_newest_at_once(net: Net) -> None:
     publisher = net.publisher()
     for number in range(1, 6):

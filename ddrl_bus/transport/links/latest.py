@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from time import perf_counter_ns
+from time import perf_counter_ns, time_ns
 from typing import Any, Final, NamedTuple
 
 import msgpack
@@ -214,7 +214,8 @@ class Subscriber(End):
         self._core = LatestSubscriber(self._loop.time(), fetches=not self._near)
         self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
         self._values = self._counter("value_bytes_in")
-        self._decode_ns, self._superseded = self._counter("decode_ns"), self._counter("superseded")
+        self._decode_ns, self._wire_ns = self._counter("decode_ns"), self._counter("wire_ns")
+        self._superseded = self._counter("superseded")
         self._fresh: Message | None = None
         self._frame: memoryview | None = None
         self._file: tuple[str, SharedSlots | None] = ("", None)
@@ -264,6 +265,8 @@ class Subscriber(End):
         self._ask(now)
         if message is None:
             return
+        if self._messages.value:  # the first was there before us, for how long says nothing of the way
+            self._wire_ns.add(max(0, time_ns() - message.sent_at))
         if self._fresh is not None:
             self._superseded.add()
         self._fresh = message
