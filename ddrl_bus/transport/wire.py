@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from time import time_ns
@@ -47,6 +47,8 @@ SMALL_FRAME: Final = 8 << 10
 MAX_FRAME: Final = 256 << 20
 MAX_HEADER: Final = 256 << 10
 MAX_SPECS: Final = 16 << 10
+MAX_FIELDS: Final = MAX_HEADER - MAX_SPECS - 1024
+"""Packed, of one message of a run."""
 MAX_ARRAYS: Final = 64
 MAX_NDIM: Final = 8
 MAX_DEPTH: Final = 8
@@ -97,8 +99,6 @@ _LZ4_RATIO: Final = 255
 _HEADER_TYPES: Final = [str, str, bytes, list]
 _SCALARS: Final = frozenset((str, int, float, bool, type(None)))
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
-packed: Final[Callable[[Mapping[str, Any]], bytes]] = _pack
-"""One message's fields, for `encode_run`."""
 
 
 class Slots(Protocol):
@@ -304,6 +304,18 @@ def _head(layout: Layout, node: str, numbers: _Numbers, fields: Sequence[bytes],
         size = head + layout.size
         raise WireError("oversized", f"{layout.kind}: frame of {size} bytes, at most {MAX_FRAME} travel")
     return (_PREFIX.pack(MAGIC, *PROTOCOL, codec, len(header), head, *numbers) + header).ljust(head, b"\0")
+
+
+def packed(fields: Mapping[str, Any]) -> bytes:
+    """One message's fields, for `encode_run`.
+
+    Raises:
+        WireError: `oversized`.
+    """
+    data: bytes = _pack(fields)
+    if len(data) > MAX_FIELDS:
+        raise WireError("oversized", f"fields of {len(data)} bytes, at most {MAX_FIELDS} travel")
+    return data
 
 
 def encode_run(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from harness import LARGE, SMALL, WAIT_S, Net, fill, number_of, numbered, take, turns, until
 
+from ddrl_bus.errors import WireError
 from ddrl_bus.transport import wire
 from ddrl_bus.transport.links import Sender, runs
 from ddrl_bus.transport.links.runs import RUN_BYTES
@@ -99,8 +100,11 @@ async def test_fields_that_do_not_travel_are_refused_where_they_are_sent(net: Ne
     await sender.send(numbered(0), {"i": 0})
     with pytest.raises(TypeError, match="can not serialize"):
         sender.try_send(numbered(1), {"i": np.int64(1)})
-    await sender.send(numbered(1), {"i": 1})
-    assert await take(receiver, 2) == [0, 1]
+    with pytest.raises(WireError, match="fields of"):
+        sender.try_send(numbered(1), {"i": 1, "words": "x" * wire.MAX_HEADER})
+    assert sender.try_send(numbered(1), {"i": 1, "words": "x" * (wire.MAX_FIELDS - 20)})
+    await sender.send(numbered(2), {"i": 2})
+    assert await take(receiver, 3) == [0, 1, 2]
     await net.settled(sender)
 
 
