@@ -26,6 +26,8 @@ ENVIRON = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(Path(ddrl_bus.__file__).parents[1]), str(Path(__file__).parent)])
 }
 FOREVER = ("stop.reward=null", "stop.steps=null")
+CALM = ("links.trajectories.rate=1MiB", "nodes.evaluator.every=2s")
+"""Some dozens of unrolls a second of each actor, seldom evaluated: whoever waits leaves the cores to others."""
 SMALL = ("nodes.evaluator.episodes=5", "nodes.evaluator.every=200ms")
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from cables import ADDRESSES, MISSING, Cable, running
-from runs import FOREVER, SMALL, Run, assert_closed
+from runs import CALM, FOREVER, SMALL, Run, assert_closed
 
 HEAD = (
     *("run", "quickstart", *(f"hosts.{host}={address}" for host, address in ADDRESSES.items()), "insecure=true"),
-    *("nodes.actor.count=1", *SMALL, *FOREVER),
+    *("nodes.actor.count=1", *SMALL, *FOREVER, *CALM),
 )
 ADD = ("--join", f"tcp://{ADDRESSES['gpu0']}", "--add", "actor")
 
