@@ -51,7 +51,7 @@ def test_actors_of_other_hosts_join_and_leave(cable: Cable, tmp_path: Path) -> N
             )
             new.process.send_signal(signal.SIGINT)
             assert new.ends() == {}
-            head.until(lambda: (head.status() or {})["added"] == {"here": 2, "left": 1, "lost": 0}, "word that it left")
+            head.until(lambda: head.answers()["added"] == {"here": 2, "left": 1, "lost": 0}, "word that it left")
             head.process.send_signal(signal.SIGTERM)
             assert head.ends()["reason"] == "stop"
             assert listed.ends() == {}

@@ -34,7 +34,7 @@ pytestmark = [
 
 def head(cable: Cable, folder: Path, *words: str, keys: Path | None = None) -> AbstractContextManager[Run]:
     """`ddrl run two-hosts`, which finds out which host it is on."""
-    words = ("run", "two-hosts", "nodes.actor.count=2", *SMALL, *words)
+    words = ("run", "two-hosts", "nodes.actor.count=1", *SMALL, *words)
     variables = HOSTS | {"DDRL_KEYS": str(keys or folder / "none")}
     return running(cable, "gpu0", folder, *words, name="ddrl", **variables)
 
@@ -48,18 +48,18 @@ def joined(cable: Cable, folder: Path, *words: str) -> AbstractContextManager[Ru
 
 def test_a_missing_host_is_named_with_the_line_that_brings_it(cable: Cable, tmp_path: Path) -> None:
     """And typed once more after all of that host was killed, it brings it back: not as an older life."""
-    with head(cable, tmp_path / "gpu0", *FOREVER, *CALM) as learner:
+    with head(cable, tmp_path / "gpu0", *FOREVER, *CALM, "nodes.actor.count=2") as learner:
         assert learner.until(lambda: f"on cpu1:  {LINE}\n" in learner.said, "what to type")
         learner.until(lambda: f"has been missing for 5 s; type there:  {LINE}\n" in learner.said, "who is missing")
         with joined(cable, tmp_path / "first") as actors:
             learner.until(lambda: learner.trained() > 20, "training")
             learner.until(lambda: "cpu1 is here" in learner.said, "word that it is there")
-        learner.until(lambda: learner.said.count("has been missing for 5 s") == 2, "who is missing again")
+        learner.until(lambda: learner.said.count("has been missing for 5 s") >= 2, "who is missing again")
         with joined(cable, tmp_path / "second") as actors:
             learner.trains_on(50, "training after the second start")
             lives = [line.split() for line in (actors.folder / "lives").read_text().splitlines()]
             assert [int(life[1], 16) >> 32 for life in lives if life[0] == "actor-0"] == [1, 2]
-            assert {life[0] for life in lives} == {"actor-0", "actor-1", "evaluator-0", "relay-0"}
+            assert {life[0] for life in lives} == {"actor-0", "actor-1", "relay-0"}
             locks = [(run.folder / "topology.lock.yaml").read_text() for run in (learner, actors)]
             assert locks[0] == locks[1]
             learner.process.send_signal(signal.SIGTERM)
@@ -200,7 +200,7 @@ def test_ssh_starts_the_other_host_by_keys_and_shows_what_it_says(
 def test_the_first_signal_drains_both_hosts_and_the_run_is_resumed(cable: Cable, ssh: Ssh, tmp_path: Path) -> None:
     with head(cable, tmp_path / "gpu0", *ssh.words, *FOREVER, *CALM) as run:
         run.until(lambda: run.trained() > 20, "training over ssh")
-        assert len(ssh.processes()) >= 4  # a supervisor, two actors and an evaluator
+        assert len(ssh.processes()) >= 2  # a supervisor and an actor
         run.process.send_signal(signal.SIGINT)
         assert run.ends()["reason"] == "stop"
         assert run.books().lost == 0
