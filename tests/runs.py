@@ -26,6 +26,8 @@ ENVIRON = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(Path(ddrl_bus.__file__).parents[1]), str(Path(__file__).parent)])
 }
 FOREVER = ("stop.reward=null", "stop.steps=null")
+CALM = ("links.trajectories.rate=1MiB", "nodes.evaluator.count=0")
+"""Some dozens of unrolls a second of each actor, and nobody evaluates: whoever waits leaves the cores to others."""
 SMALL = ("nodes.evaluator.episodes=5", "nodes.evaluator.every=200ms")
 
 
@@ -87,6 +89,11 @@ class Run:
             return asyncio.run(remote.status_of(self.folder))
         except (UnreachableError, RemoteError):
             return None
+
+    def answers(self) -> dict[str, Any]:
+        """What the controller says, once it does: on a busy machine not at once."""
+        status: dict[str, Any] = self.until(self.status, "an answer of the controller")
+        return status
 
     def counters(self, node: str) -> dict[str, int]:
         """Sum over all lives of a node, read from their pages: nobody needs to answer."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from runs import ENVIRON, FOREVER, PATIENCE_S, Run, assert_closed, command, running
+from runs import CALM, ENVIRON, FOREVER, PATIENCE_S, Run, assert_closed, command, running
 
 NAMES = {"actor-1.local", "actor-2.local"}
 
@@ -43,14 +43,12 @@ def added(run: Run) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_two_join_one_is_killed_they_leave_and_others_end_with_the_run(tmp_path: Path) -> None:
-    with running(tmp_path / "run", *FOREVER, "nodes.actor.count=1") as run:
+    with running(tmp_path / "run", *FOREVER, *CALM, "nodes.actor.count=1") as run:
         run.until(lambda: run.trained() > 5, "training")
         with adding(run, "--count", "2") as share:
             run.until(lambda: all(trained_of(run, name) > 5 for name in NAMES), "training on what they play")
-            status = run.status()
-            assert status is not None
-            assert status["added"] == {"here": 2, "left": 0, "lost": 0}
-            assert status["nodes"].keys() >= NAMES
+            run.until(lambda: added(run) == {"here": 2, "left": 0, "lost": 0}, "word that they are here")
+            assert run.answers()["nodes"].keys() >= NAMES
             run.kill("actor-1.local")
             before = trained_of(run, "actor-1.local")
             run.pid("actor-1.local", life=2)
@@ -58,8 +56,7 @@ def test_two_join_one_is_killed_they_leave_and_others_end_with_the_run(tmp_path:
             share.send_signal(signal.SIGTERM)
             assert share.wait(PATIENCE_S) == 0
         run.until(lambda: added(run) == {"here": 0, "left": 2, "lost": 0}, "word that they left")
-        status = run.status()
-        assert status is not None
+        status = run.answers()
         assert status["phase"] == "run"
         assert not NAMES & status["nodes"].keys()
         run.trains_on(20, "training without them")
@@ -79,7 +76,7 @@ def test_two_join_one_is_killed_they_leave_and_others_end_with_the_run(tmp_path:
 
 @pytest.mark.slow
 def test_they_do_not_outlive_a_head_that_is_gone(tmp_path: Path) -> None:
-    with running(tmp_path / "run", *FOREVER, "nodes.actor.count=1") as run:
+    with running(tmp_path / "run", *FOREVER, *CALM, "nodes.actor.count=1") as run:
         run.until(lambda: run.trained() > 2, "training")
         patched = "import ddrl_bus.launch.local as local; local.ADDED_LOST_S = local.FAR_STATUS_S = 1.0; "
         argv = command("--join", str(run.folder), "--add", "actor", name="ddrl_node")

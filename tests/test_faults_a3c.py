@@ -72,7 +72,7 @@ def test_a_killed_parameter_server_applies_every_gradient_once(folder: Path) -> 
 
 
 def test_a_killed_worker_comes_back(folder: Path) -> None:
-    with running(folder, *A3C, "stop.steps=null", topology="a3c") as run:
+    with running(folder, *A3C, "stop.steps=null", "links.trajectories.rate=256KiB", topology="a3c") as run:
         run.until(lambda: min(trained(run, 0), trained(run, 1)) > 5, "training")
         run.kill("learner-1")
         run.pid("actor-1", life=2)

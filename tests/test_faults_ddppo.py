@@ -29,8 +29,8 @@ AMID = {
     "an update": ("learner", "time/all_reduce", "time/learn"),
 }
 """What → who does it, and its counters that grow with each part of that and at the end of it."""
-LONG = ("algo.unroll=64", "algo.epochs=8", "algo.anneal_steps=0")
-"""Rollouts and updates take so long that they can be hit."""
+LONG = ("algo.unroll=64", "algo.epochs=8", "algo.anneal_steps=0", "links.trajectories.rate=512KiB")
+"""Rollouts and updates take so long that they can be hit, and workers that start find cores that are free."""
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_killed_worker_comes_back_and_the_run_learns(folder: Path) -> None:
 
 
 def test_a_group_of_three_loses_its_first_and_its_last(folder: Path) -> None:
-    with running(folder, *workers(3), *LONG, *FOREVER, topology="ddppo") as run:
+    with running(folder, *workers(3), *LONG, *FOREVER, "nodes.evaluator.count=0", topology="ddppo") as run:
         ranks = forms(run, 0, 1, 2).ranks
         train(run, *ranks)
         ranks = killed_and_back(run, ranks, 0, "an update")
@@ -129,7 +129,7 @@ def test_a_group_of_three_loses_its_first_and_its_last(folder: Path) -> None:
 
 def test_a_stopped_leader_is_left_behind_and_follows(folder: Path) -> None:
     """It is not gone: all that it knows is old, and it thinks that it leads."""
-    words = (*workers(2), *LONG, *FOREVER, "nodes.learner.deadline=3s")
+    words = (*workers(2), *LONG, *FOREVER, "nodes.learner.deadline=3s", "nodes.evaluator.count=0")
     with running(folder, *words, topology="ddppo") as run:
         first = forms(run, 0, 1)
         train(run, 0, 1)
@@ -146,7 +146,7 @@ def test_a_stopped_leader_is_left_behind_and_follows(folder: Path) -> None:
 
 def test_a_group_outlives_its_controller(folder: Path) -> None:
     """The next one takes the group over as it is, and tells an evaluator that comes later who leads it."""
-    with running(folder, *workers(2), *FOREVER, topology="ddppo") as run:
+    with running(folder, *workers(2), *FOREVER, "links.trajectories.rate=512KiB", topology="ddppo") as run:
         forms(run, 0, 1)
         run.kill("controller-0")
         train(run, 0, 1)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 ITEMS = 16 * 8
 """Of an unroll."""
 FLOOD = ("nodes.replay.samples_per_insert=null", "nodes.replay.min_size=256", "links.trajectories.window=16")
-APEX = (*FOREVER, *FLOOD, "checkpoint.every=50ms", "nodes.evaluator.every=60s", "algo.hidden=[16]")
+APEX = (*FOREVER, *FLOOD, "checkpoint.every=50ms", "nodes.evaluator.count=0", "algo.hidden=[16]")
 """Nobody waits for anybody: shards are as busy as they can be."""
 
 

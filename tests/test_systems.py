@@ -13,7 +13,7 @@ from runs import assert_closed, running
 
 from ddrl_bus.launch.catalog import packaged
 
-ON_POLICY = ("a2c", "a3c", "ga3c", "ppo", "impala", "appo", "seed", "torchbeast_mono", "torchbeast_poly")
+ON_POLICY = ("a2c", "a3c", "ga3c", "ppo", "appo", "seed", "torchbeast_mono", "torchbeast_poly")
 REPLAYED = ("apex", "gorila")
 RECURRENT = ("r2d2", "seed_r2d2")
 """Too slow to learn here: tests/algos has them remember a cue."""
@@ -21,7 +21,7 @@ LEARNT = 75
 """CartPole's return at which they stop; random play makes 22, untrained weights less than 40."""
 SYSTEMS = (*ON_POLICY, *REPLAYED, *RECURRENT)
 REPLICATED = {"ddppo": (), "impala": ("nodes.learner.count=2", "algo.batch=16")}
-"""System → what makes several learners of one, with as many rows an update."""
+"""System → what makes several learners of one, with as many rows an update. impala has one below."""
 TESTED_ELSEWHERE = {"quickstart", "two-hosts"}
 ENV_ONLY = ("ga3c", "seed", "torchbeast_poly", "seed_r2d2")
 
@@ -64,4 +64,8 @@ def test_a_recurrent_agent_learns_what_it_is_not_shown(tmp_path: Path) -> None:
     """The same agent without a memory never had more than 59 (docs/results.md)."""
     words = ("env.preset=no_velocity", "algo.core=lstm", "nodes.actor.count=2", "stop.reward=75", "stop.steps=600000")
     with running(tmp_path / "run", *words, topology="impala") as run:
-        assert run.ends()["reason"] == "reward"
+        closing = run.ends()
+        assert closing["reason"] == "reward", closing
+        assert closing["ledger"]["closed"]
+        assert_closed(run.books())
+        assert "time/forward" in run.counters("actor-0")

@@ -22,11 +22,11 @@ from functools import cached_property, partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import numpy as np
 
-from ddrl_bus import __version__, algos, envs
+from ddrl_bus import __version__, algos
 from ddrl_bus.algos.base import Algorithm, Windows
 from ddrl_bus.algos.spaces import Spaces
 from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
@@ -42,6 +42,9 @@ from ddrl_bus.transport.ledger import Ledger, read
 from ddrl_bus.transport.links import Client, Publisher, Receiver, Sender, Server, Subscriber
 from ddrl_bus.transport.memory import MemoryHub
 from ddrl_bus.transport.wire import Array
+
+if TYPE_CHECKING:
+    from ddrl_bus.envs import EnvConfig
 
 HEARTBEAT_S: Final = 0.5
 """Application heartbeat: it comes from the event loop, so a node whose loop hangs goes silent."""
@@ -149,11 +152,15 @@ class Node(ABC):
         return algos.algorithm(self.plan.algo_name)
 
     @cached_property
-    def env(self) -> envs.EnvConfig:
+    def env(self) -> EnvConfig:
+        from ddrl_bus import envs  # gymnasium, which controllers and relays do without
+
         return envs.EnvConfig(**self.plan.env.model_dump())
 
     @cached_property
     def spaces(self) -> Spaces:
+        from ddrl_bus import envs
+
         return envs.describe(self.env)
 
     @cached_property

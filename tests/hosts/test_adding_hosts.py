@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from cables import ADDRESSES, MISSING, Cable, running
-from runs import FOREVER, SMALL, Run, assert_closed
+from runs import CALM, FOREVER, SMALL, Run, assert_closed
 
 HEAD = (
     *("run", "quickstart", *(f"hosts.{host}={address}" for host, address in ADDRESSES.items()), "insecure=true"),
-    *("nodes.actor.count=1", *SMALL, *FOREVER),
+    *("nodes.actor.count=1", *SMALL, *FOREVER, *CALM),
 )
 ADD = ("--join", f"tcp://{ADDRESSES['gpu0']}", "--add", "actor")
 
@@ -51,7 +51,7 @@ def test_actors_of_other_hosts_join_and_leave(cable: Cable, tmp_path: Path) -> N
             )
             new.process.send_signal(signal.SIGINT)
             assert new.ends() == {}
-            head.until(lambda: (head.status() or {})["added"] == {"here": 2, "left": 1, "lost": 0}, "word that it left")
+            head.until(lambda: head.answers()["added"] == {"here": 2, "left": 1, "lost": 0}, "word that it left")
             head.process.send_signal(signal.SIGTERM)
             assert head.ends()["reason"] == "stop"
             assert listed.ends() == {}

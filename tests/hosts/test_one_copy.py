@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cables import ADDRESSES, MISSING, Cable, running
-from runs import FOREVER, Run, assert_closed
+from runs import CALM, FOREVER, Run, assert_closed
 
 TWO_HOSTS = ("two-hosts", "nodes.actor.count=3", "nodes.evaluator.episodes=5", *FOREVER)
 WIDE = ("algo.hidden=[256, 256]", "nodes.learner.publish_every=5")
@@ -67,8 +67,8 @@ def test_one_copy_of_the_weights_crosses_the_cable(cable: Cable, tmp_path: Path)
 
 def test_a_killed_relay_comes_back_and_no_actor_goes_back(cable: Cable, tmp_path: Path) -> None:
     with (
-        share(cable, "gpu0", tmp_path / "gpu0") as learner,
-        share(cable, "cpu1", tmp_path / "cpu1") as actors,
+        share(cable, "gpu0", tmp_path / "gpu0", *CALM) as learner,
+        share(cable, "cpu1", tmp_path / "cpu1", *CALM) as actors,
     ):
         seen: dict[str, list[float]] = {f"actor-{n}": [-1.0] for n in range(3)}
 
