@@ -56,7 +56,7 @@ def test_every_topology_is_predicted(topology: str, monkeypatch: pytest.MonkeyPa
     assert found.env_steps_per_s > 100
     assert found.updates_per_s > 1
     assert 0 <= found.learner_idle < 1
-    assert all(0 <= share <= 1 + 1e-6 for share in found.load.values())
+    assert all(0 <= share <= 1.01 for share in found.load.values())  # by whole time slices
     links = set(plan(topology).links) - {"progress", "control", "sync", "tally", "parameters"}
     assert found.bytes_per_s.keys() == links
     assert all(size > 0 for size in [*found.bytes_per_s.values(), *found.memory.values()])
@@ -287,16 +287,17 @@ def test_costs_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert measured.at("play", 16) > measured.at("play", 4) / 2
     assert measured.links.keys() == {"trajectories", "weights"}
     assert all(seconds > 0 for seconds in measured.links["trajectories"])
-    assert measured.levels.keys() == {"actor", "learner", "trainer"}
-    assert all(0.05 < level < 50 for level in measured.levels.values())
-    assert 0 < measured.besides < len(measured.speeds)
+    few, many = measured.strains
+    assert few.levels.keys() == many.levels.keys() == {"actor", "learner", "trainer"}
+    assert all(0.05 < level < 50 for level in [*few.levels.values(), *many.levels.values()])
+    assert few.crowd < many.crowd
+    assert measured.pace > 0
     assert measured.sizes["trajectories"] > 4 * 20 * 4 * 4  # the observations alone
-    assert 1 <= measured.speeds[-1] <= len(measured.speeds)
+    assert measured.sizes["weights"] < 4 * 4 * (4 * 64 + 64 * 64)  # of float16
     (kept,) = calibrate.folder().iterdir()
     assert json.loads(kept.read_text())["machine"] == measured.machine
-    assert calibrate.of(plan("quickstart", "nodes.actor.envs=4", "algo.batch=4", "nodes.actor.count=7")) == Costs(
-        **json.loads(kept.read_text())
-    )
+    again = calibrate.of(plan("quickstart", "nodes.actor.envs=4", "algo.batch=4", "nodes.actor.count=7"))
+    assert (again.strains, again.took) == (measured.strains, measured.took)
     assert predict(small, measured).env_steps_per_s > 0
 
 
