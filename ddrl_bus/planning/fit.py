@@ -4,7 +4,7 @@
     locked    learners are at an update for as long as they were: they wait for their event loops to let go of Python's
               lock
     hop       env steps come as fast as they came: sleepers take so long to wake up
-    besides   where no hop explains that, because there is always other work: threads that take cores
+    besides   where lock or hop would have to be more than they can: threads that take cores
 
 The parts still say how a process's time is shared out among what it does, and how that grows with sizes and counts.
 """
@@ -46,11 +46,11 @@ def fitted(plan: Plan, costs: Costs, trial: Trial) -> Strain:
     done = partial(_rates, plan, costs)
     updating = (1 - trial.idle) / trial.env_steps_per_s
 
-    def hastes(rate: Rates) -> bool:
-        return _updating(rate) * NEAR < updating
-
     def fast(rate: Rates) -> bool:
         return rate["env_steps"] > trial.env_steps_per_s * NEAR
+
+    def hastes(rate: Rates) -> bool:
+        return fast(rate) and _updating(rate) * NEAR < updating
 
     def least(explained: Callable[[float], Strain], short: Callable[[Rates], bool]) -> Strain:
         low, high = 0.0, 1.0
@@ -62,9 +62,11 @@ def fitted(plan: Plan, costs: Costs, trial: Trial) -> Strain:
     crowd = model(plan, costs, Setting()).machines[next(iter(plan.hosts))].strain.crowd
     strain = Strain(crowd, besides=trial.besides)
     for _ in range(ROUNDS):
-        strain = least(partial(_locked, _levelled(strain, done(strain), trial)), hastes)
-        waits = least(partial(_waiting, strain, trial.besides), fast)
-        strain = least(partial(_crowded, strain, trial.besides), fast) if fast(done(waits)) else waits
+        alone = replace(_levelled(strain, done(strain), trial), hop=0.0, besides=trial.besides)
+        strain = least(partial(_locked, alone), hastes)
+        strain = least(partial(_crowded, strain, trial.besides), hastes)
+        waits = least(partial(_waiting, strain), fast)
+        strain = least(partial(_crowded, strain, strain.besides), fast) if fast(done(waits)) else waits
     return strain
 
 
@@ -72,8 +74,8 @@ def _locked(strain: Strain, much: float) -> Strain:
     return replace(strain, locked=MOST_LOCKED * much)
 
 
-def _waiting(strain: Strain, besides: float, much: float) -> Strain:
-    return replace(strain, hop=SLOWEST_HOP_S * much, besides=besides)
+def _waiting(strain: Strain, much: float) -> Strain:
+    return replace(strain, hop=SLOWEST_HOP_S * much)
 
 
 def _crowded(strain: Strain, besides: float, much: float) -> Strain:

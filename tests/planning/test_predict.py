@@ -310,3 +310,25 @@ def test_a_run_that_is_over_is_compared(tmp_path: Path) -> None:
     lines = check.compared(made, found | {"bytes_per_s": {"weights": 4.0}})
 
     assert [line.split()[-1] for line in lines if "env_steps" in line or "weights" in line] == ["+15%", "+25%"]
+
+
+def test_the_table_says_what_is_off_and_what_of_that_is_the_machine() -> None:
+    def a_round(told: float, found: float, pace: float) -> dict[str, Any]:
+        figures = {"learner_idle": 0.5, "staleness": None}
+        return {
+            "predicted": {"2": {**figures, "env_steps_per_s": told}},
+            "measured": {"2": {**figures, "env_steps_per_s": found, "pace": pace}},
+            "pace": 10.0,
+        }
+
+    line = check._line("apex", 2, [a_round(120.0, 100.0, 8.0), a_round(100.0, 100.0, 10.0)])
+
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["apex, 2", "110", "100", "+10%", "-10%", "-1%", "+20%, +0%", "50% / 50%", "-"]
+    assert line.count("|") == check.HEAD[0].count("|") == check.HEAD[1].count("|")
+
+
+def test_a_run_that_failed_says_so_in_the_table() -> None:
+    rounds = [{"predicted": {}, "measured": {"2": {"problem": "it did not train"}}}]
+
+    assert "it did not train" in check._line("apex", 2, rounds)
