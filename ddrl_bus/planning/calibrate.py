@@ -1,4 +1,4 @@
-"""Costs of a topology on this machine: its parts measured, a trial run made, and the two brought together; kept.
+"""Costs of a topology on this machine: its parts measured, trial runs made, and both brought together; kept.
 
 Where they are kept: `ddrl/costs` in the user's cache folder, a file for each environment, algorithm and sizes, with the
 machine and the versions that it holds for.

@@ -217,10 +217,15 @@ def _line(topology: str, actors: int, rounds: Sequence[Figures]) -> str:
     drift = fmean(drifts)
     each = ", ".join(f"{off(*pair):+.0%}" for pair in pairs)
     return (
-        f"| {topology}, {actors} | {ours:,.0f} | {theirs:,.0f} | {off(ours, theirs):+.0%} | {drift - 1:+.0%} "
-        f"| {off(ours * drift, theirs):+.0%} | {each} | {_both(told, found, 'learner_idle', '.0%')} "
+        f"| {topology}, {actors} | {ours:,.0f} | {theirs:,.0f} | {_marked(off(ours, theirs))} | {drift - 1:+.0%} "
+        f"| {_marked(off(ours * drift, theirs))} | {each} | {_both(told, found, 'learner_idle', '.0%')} "
         f"| {_both(told, found, 'staleness', '.1f')} |"
     )
+
+
+def _marked(share: float) -> str:
+    """What is beyond the bar is bold."""
+    return f"**{share:+.0%}**" if abs(share) > BAR else f"{share:+.0%}"
 
 
 def _both(told: Sequence[Figures], found: Sequence[Figures], what: str, form: str) -> str:

@@ -26,7 +26,7 @@ from ddrl_bus.topology.plan import NodePlan, Plan
 from ddrl_bus.topology.schema import ActorOptions, StopSettings
 from ddrl_bus.transport import ledger
 
-SECONDS: Final = 5.0
+SECONDS: Final = 4.0
 WARM_S: Final = 1.0
 """From the first update on, which are left out."""
 PATIENCE_S: Final = 120.0

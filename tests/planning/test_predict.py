@@ -321,10 +321,10 @@ def test_the_table_says_what_is_off_and_what_of_that_is_the_machine() -> None:
             "pace": 10.0,
         }
 
-    line = check._line("apex", 2, [a_round(120.0, 100.0, 8.0), a_round(100.0, 100.0, 10.0)])
+    line = check._line("apex", 2, [a_round(140.0, 100.0, 8.0), a_round(100.0, 100.0, 10.0)])
 
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["apex, 2", "110", "100", "+10%", "-10%", "-1%", "+20%, +0%", "50% / 50%", "-"]
+    assert cells == ["apex, 2", "120", "100", "**+20%**", "-10%", "+8%", "+40%, +0%", "50% / 50%", "-"]
     assert line.count("|") == check.HEAD[0].count("|") == check.HEAD[1].count("|")
 
 
