@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from ddrl_bus.launch.run_dir import read_json, write
-from ddrl_bus.planning import fit, measure, measure_links, trial
+from ddrl_bus.planning import fit, measure, measure_links, pace, trial
 from ddrl_bus.planning.costs import Costs
 from ddrl_bus.planning.pace import Pace
 from ddrl_bus.topology.plan import Plan
@@ -54,26 +54,26 @@ def of(plan: Plan, *, calibrate: bool = False, budget: float = BUDGET_S, seconds
     if known is not None:
         return Costs.of_json(known)
     began = time.perf_counter()
-    with Pace() as pace:
-        costs = strained(plan, parts(plan, budget), pace, seconds)
+    with pace.of_cores() as now:
+        costs = strained(plan, parts(plan, budget), now, seconds)
     costs = replace(costs, took=time.perf_counter() - began)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(asdict(costs), indent=1) + "\n")
     return costs
 
 
-def strained(plan: Plan, costs: Costs, pace: Pace, seconds: float = trial.SECONDS) -> Costs:
+def strained(plan: Plan, costs: Costs, now: Pace, seconds: float = trial.SECONDS) -> Costs:
     """The costs of the parts with what trials add to them, brought to the pace that the machine had in between.
 
     Raises:
         UsageError: the topology does not train here.
     """
     plans = [trial.alone(plan, actors) for actors in (1, max(MANY, min(MOST, costs.cores)))]
-    paces, ran = [pace.now()], []
+    paces, ran = [now()], []
     with tempfile.TemporaryDirectory(prefix="ddrl-trial-") as name:
         for number, tried in enumerate(plans):
             ran.append(trial.run(tried, Path(name) / str(number), seconds))
-            paces.append(pace.now())
+            paces.append(now())
     mean = statistics.fmean(paces)
     during = [(before + after) / 2 for before, after in itertools.pairwise(paces)]
     steady = [each.at_pace(mean / then) for each, then in zip(ran, during, strict=True)]

@@ -28,7 +28,7 @@ from ddrl_bus.launch.closing import CLOSING, lives
 from ddrl_bus.launch.run_dir import read_json, write
 from ddrl_bus.launch.start import plan_of
 from ddrl_bus.metrics import WAITS
-from ddrl_bus.planning import calibrate, trial
+from ddrl_bus.planning import calibrate, pace, trial
 from ddrl_bus.planning.pace import Pace
 from ddrl_bus.planning.predict import as_json, predict
 from ddrl_bus.planning.trial import WARM_S
@@ -153,25 +153,25 @@ def check(topology: str, path: Path) -> list[str]:
     """Predict, write it down, run, write that down, round by round; the lines of the table that come out."""
     parts = calibrate.parts(case_plan(topology, 2), calibrate.BUDGET_S)
     rounds: list[Figures] = []
-    with Pace() as pace:
+    with pace.of_cores() as now:
         for _ in range(ROUNDS):
-            known = calibrate.strained(case_plan(topology, 2), parts, pace)
+            known = calibrate.strained(case_plan(topology, 2), parts, now)
             foretold = {str(n): as_json(predict(case_plan(topology, n), known)) for n in ACTORS}
             fitted = {"strains": [asdict(strain) for strain in known.strains], "pace": known.pace}
-            rounds.append({"predicted": foretold, "predicted_at": _now(), **fitted, "measured": {}})
+            rounds.append({"predicted": foretold, "predicted_at": _utc(), **fitted, "measured": {}})
             _keep(path, topology, rounds)
             for n in ACTORS:
-                rounds[-1]["measured"][str(n)] = run(topology, n, pace)
-                rounds[-1]["measured_at"] = _now()
+                rounds[-1]["measured"][str(n)] = run(topology, n, now)
+                rounds[-1]["measured_at"] = _utc()
                 _keep(path, topology, rounds)
     lines = [_line(topology, n, rounds) for n in ACTORS]
     print(*lines, sep="\n", flush=True)
     return lines
 
 
-def run(topology: str, actors: int, pace: Pace) -> Figures:
+def run(topology: str, actors: int, now: Pace) -> Figures:
     """One run as long as a trial, as `measured` and with the machine's pace, or its `problem`."""
-    before = pace.now()
+    before = now()
     with tempfile.TemporaryDirectory(prefix="ddrl-check-") as folder:
         path = Path(folder) / "run"
         try:
@@ -183,7 +183,7 @@ def run(topology: str, actors: int, pace: Pace) -> Figures:
         **found,
         "env_steps_per_s": ran.env_steps_per_s,
         "learner_idle": ran.idle,
-        "pace": (before + pace.now()) / 2,
+        "pace": (before + now()) / 2,
     }
 
 
@@ -193,7 +193,7 @@ def _keep(path: Path, topology: str, rounds: Sequence[Figures]) -> None:
     write(path, json.dumps(records, indent=1, sort_keys=True) + "\n")
 
 
-def _now() -> str:
+def _utc() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

@@ -22,7 +22,7 @@ class Strain:
     hop: float = 0.0
     """Seconds by the clock until whoever sleeps has woken up for a message."""
     besides: float = 0.0
-    """Threads that are busy with what no topology names."""
+    """Cores that are busy with what no topology names."""
 
 
 @dataclass(frozen=True)

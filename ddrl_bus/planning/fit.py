@@ -4,7 +4,7 @@
     locked    learners are at an update for as long as they were: they wait for their event loops to let go of Python's
               lock
     hop       env steps come as fast as they came: sleepers take so long to wake up
-    besides   where lock or hop would have to be more than they can: threads that take cores
+    besides   where lock or hop would have to be more than they can: that others take cores
 
 The parts still say how a process's time is shared out among what it does, and how that grows with sizes and counts.
 """
@@ -33,7 +33,8 @@ NEAR: Final = 1.01
 MOST_LOCKED: Final = 0.7
 """An update needs the lock for all but what torch does in one go, such as backward passes."""
 SLOWEST_HOP_S: Final = 2e-3
-MOST_BESIDES: Final = 8.0
+MOST_BESIDES: Final = 0.9
+"""Of all cores."""
 Rates = Mapping[str, float]
 
 
@@ -60,13 +61,15 @@ def fitted(plan: Plan, costs: Costs, trial: Trial) -> Strain:
         return explained(high if low else 0.0)
 
     crowd = model(plan, costs, Setting()).machines[next(iter(plan.hosts))].strain.crowd
-    strain = Strain(crowd, besides=trial.besides)
+    most = MOST_BESIDES * costs.cores
+    besides = min(trial.besides, most)
+    strain = Strain(crowd, besides=besides)
     for _ in range(ROUNDS):
-        alone = replace(_levelled(strain, done(strain), trial), hop=0.0, besides=trial.besides)
+        alone = replace(_levelled(strain, done(strain), trial), hop=0.0, besides=besides)
         strain = least(partial(_locked, alone), hastes)
-        strain = least(partial(_crowded, strain, trial.besides), hastes)
+        strain = least(partial(_crowded, strain, most), hastes)
         waits = least(partial(_waiting, strain), fast)
-        strain = least(partial(_crowded, strain, strain.besides), fast) if fast(done(waits)) else waits
+        strain = least(partial(_crowded, strain, most), fast) if fast(done(waits)) else waits
     return strain
 
 
@@ -78,8 +81,8 @@ def _waiting(strain: Strain, much: float) -> Strain:
     return replace(strain, hop=SLOWEST_HOP_S * much)
 
 
-def _crowded(strain: Strain, besides: float, much: float) -> Strain:
-    return replace(strain, hop=0.0, besides=besides + MOST_BESIDES * much)
+def _crowded(strain: Strain, most: float, much: float) -> Strain:
+    return replace(strain, hop=0.0, besides=strain.besides + (most - strain.besides) * much)
 
 
 def _levelled(strain: Strain, rate: Rates, trial: Trial) -> Strain:

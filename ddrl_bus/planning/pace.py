@@ -8,40 +8,33 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from types import TracebackType
-from typing import Final, Self
+from contextlib import contextmanager
+from functools import partial
+from statistics import fmean
+from typing import Final
 
 import numpy as np
 
 LOAD_S: Final = 0.25
 """Processor time of each core."""
+Pace = Callable[[], float]
+"""Measures pieces of the load that a core does in a second of its time, the mean of all."""
 
 
-class Pace:
-    """Processes that wait for being asked, one for each core; a context."""
+@contextmanager
+def of_cores() -> Iterator[Pace]:
+    """Processes that wait for being asked, one for each core."""
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
 
-    def __init__(self) -> None:
-        self._cores = len(os.sched_getaffinity(0))
-        self._pool = ProcessPoolExecutor(self._cores, multiprocessing.get_context("spawn"))
+        def did(seconds: float) -> float:
+            return fmean(pool.map(_load, [seconds] * cores))
 
-    def __enter__(self) -> Self:
-        self._did(0.02)  # started, and all imported
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown()
-
-    def now(self) -> float:
-        """Pieces of the load that a core does in a second of its time, the mean of all."""
-        return self._did(LOAD_S)
-
-    def _did(self, seconds: float) -> float:
-        return statistics.fmean(self._pool.map(_load, [seconds] * self._cores))
+        did(LOAD_S / 10)  # all are there, and have imported what they need
+        yield partial(did, LOAD_S)
 
 
 def _load(seconds: float) -> float:

@@ -75,12 +75,14 @@ class Cpu:
     and waits behind all others again for what is left of its work.
 
     Args:
-        others: threads of others, which are always busy; a mean, so that it may be a fraction. They slow everybody down
-            by what they would have of the cores.
+        others: threads of others, which are always busy and share the cores; a mean, so that it may be a fraction.
+        taken: cores that others have in any case, less than there are; a mean, too. Both slow everybody down.
     """
 
-    def __init__(self, sim: Simulation, cores: int, others: float = 0.0, slice_s: float = SLICE_S) -> None:
-        self._sim, self.cores, self._others, self._slice = sim, cores, others, slice_s
+    def __init__(
+        self, sim: Simulation, cores: int, others: float = 0.0, taken: float = 0.0, slice_s: float = SLICE_S
+    ) -> None:
+        self._sim, self.cores, self._others, self._left, self._slice = sim, cores, others, cores - taken, slice_s
         self._waiting: deque[tuple[float, Resume]] = deque()
         self._running = 0
         self.done = 0.0
@@ -95,7 +97,8 @@ class Cpu:
             threads = self._running + len(self._waiting)
             seconds, resume = self._waiting.popleft()
             self._running += 1
-            rate = max(1.0, threads / self.cores) / max(1.0, (threads + self._others) / self.cores)
+            share = min(1.0, self._left / (threads + self._others))
+            rate = share * max(1.0, threads / self.cores)
             now = min(seconds, self._slice * rate)
             self._sim.at(self._sim.now + now / rate, self._over, (now, seconds - now, resume))
 

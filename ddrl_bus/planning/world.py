@@ -102,7 +102,7 @@ class World:
     def _machine(self, host: str) -> Machine:
         cores = self.setting.cores or self.costs.cores
         strain = self.costs.strain(len({node.process for node in self.nodes if node.host == host}) / cores)
-        cpu = Cpu(self.sim, cores, self.setting.others + strain.besides)
+        cpu = Cpu(self.sim, cores, self.setting.others, strain.besides)
         return Machine(cpu, Wire(self.sim, self.setting.latency, self.setting.bandwidth), strain)
 
     # ---- who

@@ -30,10 +30,10 @@ FINE = 1e-3
 """Of a time slice, against works of seconds."""
 
 
-def ends_of(cores: int, *works: float, others: float = 0.0, slice_s: float = FINE) -> list[float]:
+def ends_of(cores: int, *works: float, others: float = 0.0, taken: float = 0.0, slice_s: float = FINE) -> list[float]:
     """When threads of their own are done with these, begun at once."""
     sim, ends = Simulation(), []
-    cpu = Cpu(sim, cores, others, slice_s)
+    cpu = Cpu(sim, cores, others, taken, slice_s)
     for seconds in works:
         sim.start(work(Thread(sim, cpu), seconds, ends, sim))
     sim.run(1e9)
@@ -59,6 +59,12 @@ def test_others_take_their_share() -> None:
     assert ends_of(2, 1.0, others=0.5) == pytest.approx([1.0])
     # three share two cores until 1 is done at 1.5; then nobody disturbs anybody
     assert ends_of(2, 1.0, 2.0, others=1.0) == pytest.approx([1.5, 2.5], abs=3 * FINE)
+
+
+def test_of_cores_that_are_taken_the_rest_is_shared() -> None:
+    assert ends_of(2, 1.0, taken=0.5) == pytest.approx([1.0])
+    # two at three quarters until 1 is done at 4/3; then there is a core for the other one
+    assert ends_of(2, 1.0, 2.0, taken=0.5) == pytest.approx([4 / 3, 7 / 3], abs=3 * FINE)
 
 
 def test_a_stalled_thread_is_busy_and_takes_no_core() -> None:
