@@ -33,8 +33,6 @@ NEAR: Final = 1.01
 MOST_LOCKED: Final = 0.7
 """An update needs the lock for all but what torch does in one go, such as backward passes."""
 SLOWEST_HOP_S: Final = 2e-3
-MOST_BESIDES: Final = 0.9
-"""Of all cores."""
 Rates = Mapping[str, float]
 
 
@@ -61,15 +59,13 @@ def fitted(plan: Plan, costs: Costs, trial: Trial) -> Strain:
         return explained(high if low else 0.0)
 
     crowd = model(plan, costs, Setting()).machines[next(iter(plan.hosts))].strain.crowd
-    most = MOST_BESIDES * costs.cores
-    besides = min(trial.besides, most)
-    strain = Strain(crowd, besides=besides)
+    strain = Strain(crowd)
     for _ in range(ROUNDS):
-        alone = replace(_levelled(strain, done(strain), trial), hop=0.0, besides=besides)
-        strain = least(partial(_locked, alone), hastes)
-        strain = least(partial(_crowded, strain, most), hastes)
-        waits = least(partial(_waiting, strain), fast)
-        strain = least(partial(_crowded, strain, most), fast) if fast(done(waits)) else waits
+        alone = replace(_levelled(strain, done(strain), trial), hop=0.0, besides=trial.besides)
+        locked = least(partial(_locked, alone), hastes)
+        strain = least(partial(_waiting, locked), fast)
+        if fast(done(strain)):
+            strain = least(partial(_crowded, locked, costs.cores), fast)
     return strain
 
 
@@ -81,8 +77,8 @@ def _waiting(strain: Strain, much: float) -> Strain:
     return replace(strain, hop=SLOWEST_HOP_S * much)
 
 
-def _crowded(strain: Strain, most: float, much: float) -> Strain:
-    return replace(strain, hop=0.0, besides=strain.besides + (most - strain.besides) * much)
+def _crowded(strain: Strain, cores: int, much: float) -> Strain:
+    return replace(strain, besides=strain.besides + cores * much)
 
 
 def _levelled(strain: Strain, rate: Rates, trial: Trial) -> Strain:

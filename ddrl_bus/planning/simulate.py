@@ -76,13 +76,14 @@ class Cpu:
 
     Args:
         others: threads of others, which are always busy and share the cores; a mean, so that it may be a fraction.
-        taken: cores that others have in any case, less than there are; a mean, too. Both slow everybody down.
+        taken: cores that others have in any case, of which a tenth is left; a mean, too. Both slow everybody down.
     """
 
     def __init__(
         self, sim: Simulation, cores: int, others: float = 0.0, taken: float = 0.0, slice_s: float = SLICE_S
     ) -> None:
-        self._sim, self.cores, self._others, self._left, self._slice = sim, cores, others, cores - taken, slice_s
+        self._sim, self.cores, self._others, self._slice = sim, cores, others, slice_s
+        self._left = max(cores - taken, 0.1 * cores)
         self._waiting: deque[tuple[float, Resume]] = deque()
         self._running = 0
         self.done = 0.0
