@@ -24,8 +24,7 @@ Activity = Generator[Wait, Any, Any]
 ROUNDING: Final = 1e-12
 """Work left, in seconds, that counts as none."""
 SLICE_S: Final = 6e-3
-"""A thread that others wait for gives its core away at the first timer tick after its slice, which Linux has every 4 ms
-and looks at then: 4 to 8."""
+"""Of work. A thread that others wait for gives its core away at a timer tick, of which Linux has one every 4 ms."""
 
 
 class Simulation:
@@ -100,7 +99,7 @@ class Cpu:
             self._running += 1
             share = min(1.0, self._left / (threads + self._others))
             rate = share * max(1.0, threads / self.cores)
-            now = min(seconds, self._slice * rate)
+            now = min(seconds, self._slice)
             self._sim.at(self._sim.now + now / rate, self._over, (now, seconds - now, resume))
 
     def _over(self, turn: tuple[float, float, Resume]) -> None:
