@@ -151,7 +151,7 @@ def plan(
 ) -> None:
     """Predict what a topology will do: rates, idle time, staleness, traffic, memory, and what binds.
 
-    What its parts cost is measured on this machine at first, with a short run, which takes half a minute, and kept.
+    What its parts cost is measured on this machine at first, with two short runs, which takes half a minute, and kept.
     """
     from ddrl_bus.launch import run_dir
     from ddrl_bus.planning import report

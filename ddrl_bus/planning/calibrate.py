@@ -1,4 +1,4 @@
-"""Costs of a topology on this machine: its parts measured, a trial run made, and the two brought together; kept.
+"""Costs of a topology on this machine: its parts measured, trial runs made, and both brought together; kept.
 
 Where they are kept: `ddrl/costs` in the user's cache folder, a file for each environment, algorithm and sizes, with the
 machine and the versions that it holds for.
@@ -7,13 +7,14 @@ machine and the versions that it holds for.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import platform
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -24,8 +25,9 @@ import numpy as np
 import psutil
 
 from ddrl_bus.launch.run_dir import read_json, write
-from ddrl_bus.planning import fit, measure, measure_links, trial
+from ddrl_bus.planning import fit, measure, measure_links, pace, trial
 from ddrl_bus.planning.costs import Costs
+from ddrl_bus.planning.pace import Pace
 from ddrl_bus.topology.plan import Plan
 from ddrl_bus.versions import versions
 
@@ -33,34 +35,50 @@ BUDGET_S: Final = 0.1
 """Processor time for each part."""
 WORLDS: Final = (2, 4)
 """Replicas between which a sum is measured."""
+MANY, MOST = 4, 16
+"""Actors of the larger trial: as many as there are cores, but not fewer or more than this."""
 
 
-def of(
-    plan: Plan, *, calibrate: bool = False, budget: float = BUDGET_S, seconds: float = trial.SECONDS, trials: int = 1
-) -> Costs:
+def of(plan: Plan, *, calibrate: bool = False, budget: float = BUDGET_S, seconds: float = trial.SECONDS) -> Costs:
     """The costs of a topology's parts, measured now unless they are known for this machine.
 
     Args:
         calibrate: measure them in any case.
         budget: processor time for each part, in seconds.
         seconds: of a trial run.
-        trials: of which the one is taken that was neither the slowest nor the fastest.
     Raises:
         UsageError: the topology does not train here.
     """
     path = folder() / f"{_key(plan)}.json"
     known = None if calibrate else read_json(path)
     if known is not None:
-        return Costs(**known)
+        return Costs.of_json(known)
     began = time.perf_counter()
-    parts = _parts(_small(plan), budget, WORLDS if "sync" in plan.links else ())
-    with tempfile.TemporaryDirectory(prefix="ddrl-trial-") as name:
-        ran = [trial.run(plan, Path(name) / str(number), seconds) for number in range(trials)]
-    typical = sorted(ran, key=lambda each: each.env_steps_per_s)[trials // 2]
-    costs = replace(fit.fitted(plan, parts, typical), took=time.perf_counter() - began)
+    with pace.of_cores() as now:
+        costs = strained(plan, parts(plan, budget), now, seconds)
+    costs = replace(costs, took=time.perf_counter() - began)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(asdict(costs), indent=1) + "\n")
     return costs
+
+
+def strained(plan: Plan, costs: Costs, now: Pace, seconds: float = trial.SECONDS) -> Costs:
+    """The costs of the parts with what trials add to them, brought to the pace that the machine had in between.
+
+    Raises:
+        UsageError: the topology does not train here.
+    """
+    plans = [trial.alone(plan, actors) for actors in (1, max(MANY, min(MOST, costs.cores)))]
+    paces, ran = [now()], []
+    with tempfile.TemporaryDirectory(prefix="ddrl-trial-") as name:
+        for number, tried in enumerate(plans):
+            ran.append(trial.run(tried, Path(name) / str(number), seconds))
+            paces.append(now())
+    mean = statistics.fmean(paces)
+    during = [(before + after) / 2 for before, after in itertools.pairwise(paces)]
+    steady = [each.at_pace(mean / then) for each, then in zip(ran, during, strict=True)]
+    strains = [fit.fitted(tried, costs, each) for tried, each in zip(plans, steady, strict=True)]
+    return replace(costs, strains=strains, pace=mean)
 
 
 def folder() -> Path:
@@ -97,18 +115,17 @@ def _small(plan: Plan) -> Plan:
     return replace(plan, groups=groups)
 
 
-def _parts(plan: Plan, budget: float, replicas: Sequence[int]) -> Costs:
+def parts(plan: Plan, budget: float) -> Costs:
     """What each costs by itself."""
+    plan, replicas = _small(plan), WORLDS if "sync" in plan.links else ()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as nodes are started
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ddrl-costs-") as name:
         path = Path(name)
         with ProcessPoolExecutor(1, spawn) as alone:
             points, sizes, payloads = alone.submit(measure.of_nodes, plan, path, budget).result()
-        cores = len(os.sched_getaffinity(0))
-        with ProcessPoolExecutor(max(2, cores), spawn) as several:
+        with ProcessPoolExecutor(2, spawn) as several:
             ends = list(several.map(partial(measure_links.of_links, folder=path, payloads=payloads), range(2)))
-            speeds = _speeds(several, cores)
         size = sum(array.nbytes for array in payloads["weights"][2].values())
         worlds = {str(world): _sums(world, size, path, spawn) for world in replicas}
     sizes["node"] = ends[1].pop("resident")
@@ -116,16 +133,7 @@ def _parts(plan: Plan, budget: float, replicas: Sequence[int]) -> Costs:
     more, one = links.pop("weights, many")[0], links["weights"][0]
     points["subscriber"] = [(1, max(0.0, more - one) / (measure_links.SUBSCRIBERS["weights, many"] - 1))]
     measured = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Costs(points, links, sizes, speeds, worlds, {}, 0.0, 0.0, 0.0, machine(), measured, 0.0)
-
-
-def _speeds(pool: ProcessPoolExecutor, cores: int) -> list[float]:
-    """What 1, 2, … of the cores do when that many work, from one alone and from all at once."""
-    list(pool.map(measure.kernel, [0.02] * cores))
-    alone = pool.submit(measure.kernel).result()
-    together = float(np.mean(list(pool.map(measure.kernel, [0.4] * cores))))
-    slower = max(1.0, together / alone)
-    return [k / (1 + (slower - 1) * (k - 1) / max(1, cores - 1)) for k in range(1, cores + 1)]
+    return Costs(points, links, sizes, len(os.sched_getaffinity(0)), worlds, (), 0.0, machine(), measured, 0.0)
 
 
 def _sums(world: int, size: int, path: Path, spawn: Any) -> tuple[float, float]:

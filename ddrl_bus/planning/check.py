@@ -1,24 +1,24 @@
 """Predictions against runs: `python -m ddrl_bus.planning.check [TOPO...]`.
 
-For one reference topology after the other: measure its costs, write down what is predicted at 1, 2 and 4 actors, and
-only then run these and write what was measured beside it. Trials and runs are made three times, and the middle one
-counts: one and the same run may take half as long again a minute later.
+For one reference topology after the other its parts are measured, and then round by round: trials, predictions at 1, 2
+and 4 actors, which are written down, and at once these runs. How fast the cores are is measured before and after each.
 
 docs/plan.json      predictions and measurements, with their times; other topologies than those run now are kept
 
-With --predict nothing is run, and with --measure nothing is predicted: the runs are compared with what the file holds.
+At the end there is a table of all that was run, in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from ddrl_bus.bench import history
@@ -28,19 +28,15 @@ from ddrl_bus.launch.closing import CLOSING, lives
 from ddrl_bus.launch.run_dir import read_json, write
 from ddrl_bus.launch.start import plan_of
 from ddrl_bus.metrics import WAITS
-from ddrl_bus.planning import calibrate
-from ddrl_bus.planning.costs import Costs
-from ddrl_bus.planning.places import Setting
+from ddrl_bus.planning import calibrate, pace, trial
+from ddrl_bus.planning.pace import Pace
 from ddrl_bus.planning.predict import as_json, predict
-from ddrl_bus.planning.trial import WARM_S, Company, end
+from ddrl_bus.planning.trial import WARM_S
 from ddrl_bus.topology.plan import Plan
 
 ACTORS: Final = (1, 2, 4)
-SECONDS: Final = 7.0
-"""Of training that a run is to take, if it goes as predicted; the first one is left out, as of a trial."""
-ROUNDS: Final = 3
-"""Trials, and runs of each count, of which the one in the middle counts."""
-PATIENCE_S: Final = 180.0
+ROUNDS: Final = 2
+"""Of trials, predictions and runs, whose means are compared."""
 BAR: Final = 0.15
 ALONE: Final = ("stop.reward=null", "nodes.evaluator.count=0")
 CASES: Final[Mapping[str, Sequence[str]]] = {
@@ -69,21 +65,21 @@ def measured(run: Path) -> Figures:
     closing = read_json(run / CLOSING) or {}
     if not closing.get("steps_per_s"):
         raise UsageError(f"{run}: no rate in {CLOSING}, expected a run that is over and has trained for a few seconds")
-    rate, seen = _steady_rate(run), history.read(run)
+    (rate, updates), seen = _steady(run), history.read(run)
     seconds = closing["env_steps"] / rate
     idle = [_idle(parts) for node, parts in closing["shares"].items() if node.startswith("learner") and parts]
     lags = [lag.mean for lag in seen.lags[1:] or seen.lags]
     return {
         "env_steps_per_s": rate,
-        "updates_per_s": closing["updates"] / seconds,
+        "updates_per_s": updates,
         "learner_idle": sum(idle) / len(idle) if idle else None,
         "staleness": sum(lags) / len(lags) if lags else None,
         "bytes_per_s": {link: size / seconds for link, size in _bytes(run).items()},
     }
 
 
-def _steady_rate(run: Path) -> float:
-    """Env steps a second from a moment after the first update on, as in a trial.
+def _steady(run: Path) -> tuple[float, float]:
+    """Env steps and updates a second from a moment after the first update on, as in a trial.
 
     Raises:
         UsageError: it was over before.
@@ -92,8 +88,9 @@ def _steady_rate(run: Path) -> float:
     start = next((row for row in rows if row["wall_s"] >= rows[0]["wall_s"] + WARM_S), None)
     if start is None or start is rows[-1]:
         raise UsageError(f"{run}: {len(rows)} lines in {history.METRICS}, expected a run of a few seconds")
-    rate: float = (rows[-1]["env_steps"] - start["env_steps"]) / (rows[-1]["wall_s"] - start["wall_s"])
-    return rate
+    seconds = rows[-1]["wall_s"] - start["wall_s"]
+    env_steps, updates = ((rows[-1][what] - start[what]) / seconds for what in ("env_steps", "updates"))
+    return env_steps, updates
 
 
 def _idle(parts: Mapping[str, float]) -> float:
@@ -152,112 +149,101 @@ def case_plan(topology: str, actors: int) -> Plan:
     return plan_of(topology, words(topology, actors), probe=False, starts=False)
 
 
-def foretold(topology: str, known: Costs) -> dict[str, Figures]:
-    """Predictions by number of actors."""
-    return {str(n): as_json(predict(case_plan(topology, n), known, Setting())) for n in ACTORS}
+def check(topology: str, path: Path) -> list[str]:
+    """Predict, write it down, run, write that down, round by round; the lines of the table that come out."""
+    parts = calibrate.parts(case_plan(topology, 2), calibrate.BUDGET_S)
+    rounds: list[Figures] = []
+    with pace.of_cores() as now:
+        for _ in range(ROUNDS):
+            known = calibrate.strained(case_plan(topology, 2), parts, now)
+            foretold = {str(n): as_json(predict(case_plan(topology, n), known)) for n in ACTORS}
+            fitted = {"strains": [asdict(strain) for strain in known.strains], "pace": known.pace}
+            rounds.append({"predicted": foretold, "predicted_at": _utc(), **fitted, "measured": {}})
+            _keep(path, topology, rounds)
+            for n in ACTORS:
+                rounds[-1]["measured"][str(n)] = run(topology, n, now)
+                rounds[-1]["measured_at"] = _utc()
+                _keep(path, topology, rounds)
+    lines = [_line(topology, n, rounds) for n in ACTORS]
+    print(*lines, sep="\n", flush=True)
+    return lines
 
 
-def run(topology: str, actors: int, rate: float) -> Figures:
-    """One run of about `SECONDS` at the predicted rate, as `measured`, or its `problem`."""
-    steps = max(1000, round(rate * SECONDS))
+def run(topology: str, actors: int, now: Pace) -> Figures:
+    """One run as long as a trial, as `measured` and with the machine's pace, or its `problem`."""
+    before = now()
     with tempfile.TemporaryDirectory(prefix="ddrl-check-") as folder:
-        overrides = [*words(topology, actors), f"stop.steps={steps}"]
-        command = [sys.executable, "-m", "ddrl_bus.cli", "run", topology, *overrides, "--run-dir", f"{folder}/run"]
-        silent, said = subprocess.DEVNULL, subprocess.PIPE
-        with subprocess.Popen(command, stdin=silent, stdout=silent, stderr=said, text=True) as running:
-            company = Company(running.pid)
-            company.start()
-            try:
-                last = running.communicate(timeout=PATIENCE_S)[1].strip().splitlines()[-1:]
-                return measured(Path(folder) / "run") | {"others": company.mean()}
-            except subprocess.TimeoutExpired:
-                return {"problem": f"no end within {PATIENCE_S:.0f} s"}
-            except UsageError:
-                return {"problem": last[0] if last else "said nothing"}
-            finally:
-                company.over.set()
-                end(running)
+        path = Path(folder) / "run"
+        try:
+            ran = trial.run(trial.alone(case_plan(topology, actors), actors), path)
+            found = measured(path)
+        except UsageError as error:
+            return {"problem": str(error)}
+    return {
+        **found,
+        "env_steps_per_s": ran.env_steps_per_s,
+        "learner_idle": ran.idle,
+        "pace": (before + now()) / 2,
+    }
 
 
-def check(topology: str, path: Path, *, predicts: bool, runs: bool) -> None:
-    """Predict, write it down, run, write that down."""
-    records: dict[str, Any] = read_json(path) or {}
-    if predicts:
-        known = calibrate.of(case_plan(topology, 2), calibrate=True, trials=ROUNDS)
-        records[topology] = {
-            "predicted": foretold(topology, known),
-            "predicted_at": _now(),
-            "machine": known.machine,
-            "words": words(topology, 2),
-            "fitted": {name: getattr(known, name) for name in ("levels", "locked", "hop", "took")},
-        }
-        _keep(path, records)
-    if not runs:
-        return
-    record = records.get(topology)
-    if record is None:
-        raise UsageError(f"{path}: no prediction of {topology}; leave out --measure")
-    ran: dict[int, list[Figures]] = {n: [] for n in ACTORS}
-    for n in ACTORS * ROUNDS:  # round by round: the machine's mood changes
-        ran[n].append(run(topology, n, record["predicted"][str(n)]["env_steps_per_s"]))
-    record["measured"] = {str(n): _typical(found) for n, found in ran.items()}
-    record["measured_at"] = _now()
-    _keep(path, records)
-    for n in ACTORS:
-        print(_line(topology, n, record["predicted"][str(n)], record["measured"][str(n)]), flush=True)
-
-
-def _typical(runs: Sequence[Figures]) -> Figures:
-    """The one that was neither the slowest nor the fastest, with the rates of all."""
-    if problems := [found for found in runs if "problem" in found]:
-        return problems[0]
-    by_rate = sorted(runs, key=lambda found: float(found["env_steps_per_s"]))
-    return by_rate[len(runs) // 2] | {"rates": [round(found["env_steps_per_s"]) for found in by_rate]}
-
-
-def _keep(path: Path, records: Mapping[str, Any]) -> None:
+def _keep(path: Path, topology: str, rounds: Sequence[Figures]) -> None:
+    records = (read_json(path) or {}) | {topology: {"machine": calibrate.machine(), "rounds": rounds}}
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(records, indent=1, sort_keys=True) + "\n")
 
 
-def _now() -> str:
+def _utc() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _line(topology: str, actors: int, prediction: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    if "problem" in found:
-        return f"{topology} × {actors}: {found['problem']}"
-    ours, theirs = prediction["env_steps_per_s"], found["env_steps_per_s"]
-    idle = f"idle {prediction['learner_idle']:.0%} / {found['learner_idle']:.0%}"
-    lag = (
-        ""
-        if None in (prediction["staleness"], found["staleness"])
-        else (f", staleness {prediction['staleness']:.1f} / {found['staleness']:.1f}")
-    )
-    within = "within" if abs(off(ours, theirs)) <= BAR else "beyond"
+HEAD: Final = (
+    "| topology, actors | predicted | measured | off | cores since | off but for these | rounds | learner idle |"
+    " staleness |",
+    "|---" * 9 + "|",
+)
+
+
+def _line(topology: str, actors: int, rounds: Sequence[Figures]) -> str:
+    """Of the table: predicted and measured env steps a second; by how much the prediction is too high; how much more
+    the cores did in runs than in trials, and how far off it would be but for that."""
+    found = [each["measured"][str(actors)] for each in rounds]
+    if problems := [each["problem"] for each in found if "problem" in each]:
+        return f"| {topology}, {actors} | {problems[0]} |"
+    told = [each["predicted"][str(actors)] for each in rounds]
+    drifts = [theirs["pace"] / each["pace"] for each, theirs in zip(rounds, found, strict=True)]
+    pairs = [(ours["env_steps_per_s"], theirs["env_steps_per_s"]) for ours, theirs in zip(told, found, strict=True)]
+    ours, theirs = (fmean(side) for side in zip(*pairs, strict=True))
+    drift = fmean(drifts)
+    each = ", ".join(f"{off(*pair):+.0%}" for pair in pairs)
     return (
-        f"{topology} × {actors}: {ours:,.0f} / {theirs:,.0f} env steps/s, "
-        f"{off(ours, theirs):+.0%} ({within} {BAR:.0%}); "
-        f"{idle}{lag}; {prediction['bottleneck']}; of {_listed(found['rates'])}, {found['others']} other busy threads"
+        f"| {topology}, {actors} | {ours:,.0f} | {theirs:,.0f} | {_marked(off(ours, theirs))} | {drift - 1:+.0%} "
+        f"| {_marked(off(ours * drift, theirs))} | {each} | {_both(told, found, 'learner_idle', '.0%')} "
+        f"| {_both(told, found, 'staleness', '.1f')} |"
     )
 
 
-def _listed(rates: Sequence[int]) -> str:
-    return ", ".join(f"{rate:,}" for rate in rates)
+def _marked(share: float) -> str:
+    """What is beyond the bar is bold."""
+    return f"**{share:+.0%}**" if abs(share) > BAR else f"{share:+.0%}"
+
+
+def _both(told: Sequence[Figures], found: Sequence[Figures], what: str, form: str) -> str:
+    """Predicted and measured, where both are known."""
+    sides = [[each[what] for each in side if each[what] is not None] for side in (told, found)]
+    return " / ".join(format(fmean(side), form) for side in sides) if all(sides) else "-"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topologies", nargs="*", metavar="TOPO", help=f"default: {', '.join(CASES)}")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/plan.json"))
-    parser.add_argument("--predict", action="store_true", help="write predictions down, run nothing")
-    parser.add_argument("--measure", action="store_true", help="run, and compare with the predictions in the file")
     args = parser.parse_args()
     try:
         if unknown := [name for name in args.topologies if name not in CASES]:
             raise UsageError(f"no reference topology {unknown[0]!r}; have {', '.join(CASES)}")
-        for topology in args.topologies or CASES:
-            check(topology, args.output.resolve(), predicts=not args.measure, runs=not args.predict)
+        lines = [line for topology in args.topologies or CASES for line in check(topology, args.output.resolve())]
+        print("", *HEAD, *lines, sep="\n")
     except DdrlError as error:
         sys.exit(f"error: {error}")
 

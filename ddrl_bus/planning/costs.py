@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Strain:
+    """What a run has its processes spend and wait beyond what their parts cost alone, as it was found in a trial."""
+
+    crowd: float = 0.0
+    """Processes of the run on a machine for each of its cores."""
+    levels: Mapping[str, float] = field(default_factory=dict)
+    """Kind of process, as of a trial → how many times as much all its work takes in a run."""
+    locked: float = 0.0
+    """Share of an event loop's work for which the learner beside it waits: for Python's lock."""
+    hop: float = 0.0
+    """Seconds by the clock until whoever sleeps has woken up for a message."""
+    besides: float = 0.0
+    """Cores that are busy with what no topology names."""
 
 
 @dataclass(frozen=True)
@@ -18,23 +35,36 @@ class Costs:
     """Link → seconds of a message at its sender and at its receiver; of a request, of both its ways."""
     sizes: Mapping[str, float]
     """Bytes of messages and processes; `sums`, of an update; `items`, of an unroll."""
-    speeds: Sequence[float]
-    """Seconds of work a second that 1, 2, … busy cores do."""
+    cores: int
+    """Of the machine."""
     worlds: Mapping[str, tuple[float, float]]
     """Replicas → seconds of a sum at each, and what it takes by the clock."""
-    levels: Mapping[str, float]
-    """Kind of process, as of a trial → how many times as much all its work takes in a run."""
-    locked: float
-    """Share of an event loop's work for which the learner beside it waits: for Python's lock."""
-    hop: float
-    """Seconds by the clock until whoever sleeps has woken up for a message."""
-    besides: float
-    """Threads that are busy with what no topology names."""
+    strains: Sequence[Strain]
+    """By crowd."""
+    pace: float
+    """Pieces of a fixed load that a core did a second, all cores at once, while these were measured."""
     machine: str
     measured: str
     """When, in UTC."""
     took: float
     """Seconds."""
+
+    @classmethod
+    def of_json(cls, known: Mapping[str, Any]) -> Costs:
+        return cls(**{**known, "strains": [Strain(**strain) for strain in known["strains"]]})
+
+    def strain(self, crowd: float) -> Strain:
+        """Linear between those of two trials; what is less or more crowded than any is taken to be as the nearest."""
+        if not self.strains:
+            return Strain(crowd)
+        at = [strain.crowd for strain in self.strains]
+
+        def between(values: Sequence[float]) -> float:
+            return float(np.interp(crowd, at, values))
+
+        levels = {kind: between([strain.levels[kind] for strain in self.strains]) for kind in self.strains[0].levels}
+        waits = (between([getattr(strain, name) for strain in self.strains]) for name in ("locked", "hop", "besides"))
+        return Strain(crowd, levels, *waits)
 
     def at(self, what: str, size: float = 1.0) -> float:
         """Seconds that it takes at this size; 0 where nothing of the kind was measured."""

@@ -83,7 +83,7 @@ def train(world: World, node: Place, batches: Batches) -> Activity:
         batches.filled -= 1
         yield from world.trained(node, works)
         if world.barrier and waits:
-            yield world.sim.sleep(world.noisy(waits))
+            yield world.trainer(node).stall(world.noisy(waits))
             yield world.barrier.meet
         batches.version += 1
         batches.free.put(None)
@@ -94,7 +94,7 @@ def train(world: World, node: Place, batches: Batches) -> Activity:
 def _update(world: World, learners: int) -> tuple[float, float]:
     """Seconds of work of an update, and those that its sums take besides, by the clock."""
     sums, (cpu, wall) = world.costs.sizes.get("sums", 0), world.costs.sum_of(learners)
-    at_once = min(len(world.costs.speeds), learners)
+    at_once = min(world.costs.cores, learners)
     return world.costs.at("update", world.batch) + sums * cpu, sums * max(0.0, wall - cpu * learners / at_once)
 
 

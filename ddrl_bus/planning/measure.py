@@ -1,7 +1,7 @@
 """What the parts of a topology's nodes cost here, in seconds of one core.
 
 Nodes are made as a run makes them, and what they do on their compute threads is called in turn. It is processor time
-that is counted, so that others on the machine disturb it little. `of_nodes` and `kernel` run in processes of their own.
+that is counted, so that others on the machine disturb it little. `of_nodes` runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ class Nodes:
         assert learner is not None
         await learner.start()
         self.sizes["learner"] = resident()
-        weights = fields_of(Weights(0, 0)), {name: array.copy() for name, array in learner.algo.weights().items()}
-        self.weights = [self.message("weights", (Weights.KIND, *weights)) for _ in range(2)]
+        precision = self.plan.links["weights"].precision
+        weights = {name: array.astype(precision) for name, array in learner.algo.weights().items()}
+        told = Weights.KIND, fields_of(Weights(0, 0)), weights
+        self.weights = [self.message("weights", told) for _ in range(2)]
         unroll = await self.actor()
         await self.evaluator()
         batch: int = self.plan.algo.batch
@@ -294,15 +296,3 @@ def of_nodes(plan: Plan, folder: Path, budget: float) -> tuple[dict[str, Points]
 
 def nothing() -> None:
     """As long as it takes to get to a node's thread and back."""
-
-
-def kernel(seconds: float = 0.4) -> float:
-    """Processor time of a piece of work that is half numpy, half Python."""
-    a, b = np.ones((32, 64), np.float32), np.ones((64, 64), np.float32)
-
-    def work() -> None:
-        for _ in range(300):
-            np.tanh(a @ b, out=a)
-            sum(range(60))
-
-    return seconds_of(work, seconds)

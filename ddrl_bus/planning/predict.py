@@ -103,9 +103,9 @@ def _reading(world: World) -> dict[str, float]:
         "lagged": world.lagged,
     }
     found |= {f"bytes {link}": size for link, size in world.bytes.items()}
-    found |= {f"cpu {kind}": sum(thread.held for thread in threads) for kind, threads in world.kinds.items()}
+    found |= {f"cpu {kind}": sum(thread.done for thread in threads) for kind, threads in world.kinds.items()}
     for host, machine in world.machines.items():
-        found[f"load cores of {host}"] = machine.cpu.done / machine.cpu.most
+        found[f"load cores of {host}"] = machine.cpu.done / machine.cpu.cores
         if len(world.machines) > 1:
             found[f"load network out of {host}"] = machine.wire.busy
     for node in world.nodes:

@@ -23,6 +23,8 @@ Activity = Generator[Wait, Any, Any]
 
 ROUNDING: Final = 1e-12
 """Work left, in seconds, that counts as none."""
+SLICE_S: Final = 6e-3
+"""Of work. A thread that others wait for gives its core away at a timer tick, of which Linux has one every 4 ms."""
 
 
 class Simulation:
@@ -68,76 +70,47 @@ class Simulation:
 
 
 class Cpu:
-    """Cores that all threads with work share equally (processor sharing).
+    """Cores, on which threads with work take turns: whoever comes waits for a core, has it for a time slice at most,
+    and waits behind all others again for what is left of its work.
 
     Args:
-        speeds: what 1, 2, … busy threads get done together, in seconds of work a second; beyond the last as the last.
-        others: threads of others, which are always busy; a mean, so that it may be a fraction.
+        others: threads of others, which are always busy and share the cores; a mean, so that it may be a fraction.
+        taken: cores that others have in any case, of which a tenth is left; a mean, too. Both slow everybody down.
     """
 
-    def __init__(self, sim: Simulation, speeds: Sequence[float], others: float = 0.0) -> None:
-        self._sim, self._speeds, self._others = sim, [0.0, *speeds], others
-        self._busy: list[tuple[float, int, Resume]] = []
-        self._virtual = self._since = 0.0  # work done so far for a thread that was busy all the time, as of when
-        self._number = self._due = 0
-        self._done = self._held = 0.0
-
-    @property
-    def held(self) -> float:
-        """Seconds for which a thread that was busy all the time had a core: what a kernel counts, work or no work."""
-        self._advance()
-        return self._held
-
-    @property
-    def done(self) -> float:
-        """Seconds of work so far."""
-        self._advance()
-        return self._done
-
-    @property
-    def most(self) -> float:
-        """Seconds of work a second, at best."""
-        return self._speeds[-1]
+    def __init__(
+        self, sim: Simulation, cores: int, others: float = 0.0, taken: float = 0.0, slice_s: float = SLICE_S
+    ) -> None:
+        self._sim, self.cores, self._others, self._slice = sim, cores, others, slice_s
+        self._left = max(cores - taken, 0.1 * cores)
+        self._waiting: deque[tuple[float, Resume]] = deque()
+        self._running = 0
+        self.done = 0.0
+        """Seconds of work so far, of turns that are over."""
 
     def work(self, seconds: float, resume: Resume) -> None:
-        self._advance()
-        self._number += 1
-        heapq.heappush(self._busy, (self._virtual + seconds, self._number, resume))
-        self._plan()
+        self._waiting.append((seconds, resume))
+        self._go_on()
 
-    def _rate(self) -> float:
-        busy = len(self._busy) + self._others
-        cores = min(busy, len(self._speeds) - 1)
-        whole = int(cores)
-        more = self._speeds[whole + 1] - self._speeds[whole] if cores > whole else 0.0
-        return (self._speeds[whole] + (cores - whole) * more) / busy
+    def _go_on(self) -> None:
+        while self._waiting and self._running < self.cores:
+            threads = self._running + len(self._waiting)
+            seconds, resume = self._waiting.popleft()
+            self._running += 1
+            share = min(1.0, self._left / (threads + self._others))
+            rate = share * max(1.0, threads / self.cores)
+            now = min(seconds, self._slice)
+            self._sim.at(self._sim.now + now / rate, self._over, (now, seconds - now, resume))
 
-    def _advance(self) -> None:
-        passed, self._since = self._sim.now - self._since, self._sim.now
-        if self._busy and passed > 0:
-            rate = self._rate()
-            self._virtual += passed * rate
-            self._held += passed * min(1.0, (len(self._speeds) - 1) / (len(self._busy) + self._others))
-            self._done += passed * rate * len(self._busy)
-
-    def _plan(self) -> None:
-        """The next to be done, as things stand: what was planned before does not hold any more."""
-        self._due += 1
-        if self._busy:
-            left = max(0.0, self._busy[0][0] - self._virtual)
-            self._sim.at(self._sim.now + left / self._rate(), self._finish, self._due)
-
-    def _finish(self, due: int) -> None:
-        if due != self._due:
-            return
-        self._advance()
-        finished = [heapq.heappop(self._busy)]
-        self._virtual = max(self._virtual, finished[0][0])
-        while self._busy and self._busy[0][0] <= self._virtual + ROUNDING:
-            finished.append(heapq.heappop(self._busy))
-        self._plan()
-        for _, _, resume in finished:
+    def _over(self, turn: tuple[float, float, Resume]) -> None:
+        did, left, resume = turn
+        self._running -= 1
+        self.done += did
+        if left > ROUNDING:
+            self._waiting.append((left, resume))
+        else:
             resume(None)
+        self._go_on()
 
 
 class Thread:
@@ -152,8 +125,8 @@ class Thread:
         self._waiting: deque[tuple[float, Resume]] = deque()
         self._working = False
         self._began = self._busy = 0.0
-        self.done = self.held = 0.0
-        """Seconds of work, and those for which it had a core."""
+        self.done = 0.0
+        """Seconds of work."""
 
     def work(self, seconds: float) -> Wait:
         """So many seconds of a core that nobody else uses."""
@@ -168,11 +141,9 @@ class Thread:
 
     def _next(self) -> None:
         seconds, resume = self._waiting.popleft()
-        self.done += seconds
-        before = self._cpu.held
 
         def finished(_: Any) -> None:
-            self.held += self._cpu.held - before
+            self.done += seconds
             if self._waiting:
                 self._next()
             else:

@@ -7,9 +7,9 @@ processes take turns on cores and caches, sleep and wake, and have the kernel mo
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -22,31 +22,35 @@ import psutil
 from ddrl_bus.errors import UsageError
 from ddrl_bus.launch import run_dir
 from ddrl_bus.launch.closing import lives
-from ddrl_bus.topology.plan import Plan
+from ddrl_bus.topology.plan import NodePlan, Plan
 from ddrl_bus.topology.schema import ActorOptions, StopSettings
+from ddrl_bus.transport import ledger
 
-SECONDS: Final = 6.0
+SECONDS: Final = 4.0
 WARM_S: Final = 1.0
 """From the first update on, which are left out."""
 PATIENCE_S: Final = 120.0
 END_S: Final = 3.0
 MOST: Final = 4
-"""Nodes of a group, at most."""
+"""Nodes of a group without actors, at most."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """What a run came to."""
 
-    counts: Mapping[str, int]
-    """Group → nodes."""
     env_steps_per_s: float
     cpu: Mapping[str, float]
     """Kind of process → processor seconds an env step, of all of them; a learner's compute threads are `trainer`."""
     besides: float
-    """Processor seconds a second of all that no topology names: controller, supervisor."""
-    others: float
-    """Threads of other programs that ran or waited for a core, on average."""
+    """Processor seconds a second of all that no topology names: controller, supervisor, other programs."""
+    idle: float
+    """Share of the time in which a learner's thread had nothing to do, the mean of all."""
+
+    def at_pace(self, times: float) -> Trial:
+        """As it would have been on cores that do so many times as much."""
+        cpu = {kind: seconds / times for kind, seconds in self.cpu.items()}
+        return replace(self, env_steps_per_s=self.env_steps_per_s * times, cpu=cpu)
 
 
 @dataclass(frozen=True)
@@ -54,44 +58,46 @@ class Reading:
     at: float
     env_steps: int
     cpu: Mapping[str, float]
+    all: float
+    """Processor seconds of everybody, whatever the program."""
+    idle: float
+    """Seconds, of all learners."""
 
 
 def run(plan: Plan, folder: Path, seconds: float = SECONDS) -> Trial:
-    """Run it for so long, on this host, without evaluators and without an end.
+    """Run a plan of `alone` for so long.
 
     Args:
         folder: for what a run leaves; must not exist yet.
     Raises:
         UsageError: it does not train.
     """
-    plan = alone(plan)
     run_dir.create(plan, path=folder, command=sys.argv, started=time.time())
     command = [sys.executable, "-m", "ddrl_bus.cli", "run", "--resume", str(folder), "--json"]
     silent, said = subprocess.DEVNULL, subprocess.PIPE
     with subprocess.Popen(command, stdin=silent, stdout=silent, stderr=said, text=True) as running:
-        company = Company(running.pid)
         try:
             _wait_for_training(running, folder)
-            company.start()
             first = _read(plan, folder, running.pid)
             time.sleep(seconds)
             last = _read(plan, folder, running.pid)
             if running.poll() is not None:
                 raise UsageError(f"a trial run of {plan.name} ended by itself: {_said(running)}")
         finally:
-            company.over.set()
             end(running)
-    return _between(plan, first, last, company.mean())
+    return _between(plan, first, last)
 
 
-def alone(plan: Plan) -> Plan:
-    """All on one host, without an end, and not more of it than a machine may be asked to hold; evaluators only where
-    nobody else listens."""
+def alone(plan: Plan, actors: int) -> Plan:
+    """With so many actors, and whoever is in a bundle with them: all on one host, without an end, and of others no more
+    than a machine may be asked to hold; evaluators only where nobody else listens."""
     host, groups = next(iter(plan.hosts)), {}
     evaluators = {name for name, options in plan.groups.items() if options.kind == "evaluator"}
     needed = {name for link in plan.links.values() if evaluators.issuperset(link.targets) for name in link.targets}
+    playing = {options.bundle or name for name, options in plan.groups.items() if options.kind == "actor"}
     for name, options in plan.groups.items():
-        count = 0 if name in evaluators - needed else min(MOST, options.count)
+        count = actors if (options.bundle or name) in playing else min(MOST, options.count)
+        count = 0 if name in evaluators - needed else count
         groups[name] = options.model_copy(update={"count": count, "host": (host,)})
     smaller = replace(plan, groups=groups, hosts={host: plan.hosts[host]}, stop=StopSettings())
     if plan.links["trajectories"].max_lag != 0:
@@ -102,9 +108,8 @@ def alone(plan: Plan) -> Plan:
 
 def _round(plan: Plan) -> int:
     """Environments of a learner."""
-    nodes = plan.nodes.values()
-    envs = sum(node.options.envs for node in nodes if isinstance(node.options, ActorOptions))
-    return int(envs / sum(node.kind == "learner" for node in nodes))
+    envs = sum(node.options.envs for node in plan.nodes.values() if isinstance(node.options, ActorOptions))
+    return int(envs / len(_learners(plan)))
 
 
 def _wait_for_training(running: subprocess.Popen[str], folder: Path) -> None:
@@ -135,18 +140,25 @@ def end(running: subprocess.Popen[str]) -> None:
 
 
 def _read(plan: Plan, folder: Path, supervisor: int) -> Reading:
-    now = time.perf_counter()
+    now, busy = time.perf_counter(), _busy()
     steps = sum(counters.get("env_steps", 0) for counters in lives(folder))
     cpu: dict[str, float] = defaultdict(float)
-    for process in _tree(supervisor):
-        for kind, seconds in _spent(plan, process):
+    process = psutil.Process(supervisor)
+    for each in (process, *process.children(recursive=True)):
+        for kind, seconds in _spent(plan, each):
             cpu[kind] += seconds
-    return Reading(now, steps, cpu)
+    pages = (page for node in _learners(plan) for page in (folder / "ledger").glob(f"{node.name}@*.page"))
+    return Reading(now, steps, cpu, busy, sum(ledger.read(page).get("time/idle", 0) for page in pages) / 1e9)
 
 
-def _tree(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
+def _learners(plan: Plan) -> list[NodePlan]:
+    return [node for node in plan.nodes.values() if node.kind == "learner"]
+
+
+def _busy() -> float:
+    """Seconds for which our cores were not idle, what the host took of them included."""
+    cores = psutil.cpu_times(percpu=True)
+    return float(sum(sum(cores[n][:8]) - cores[n].idle - cores[n].iowait for n in os.sched_getaffinity(0)))
 
 
 def _spent(plan: Plan, process: psutil.Process) -> Iterator[tuple[str, float]]:
@@ -157,9 +169,7 @@ def _spent(plan: Plan, process: psutil.Process) -> Iterator[tuple[str, float]]:
         node = plan.process(name)[0] if name else None
         for task in Path(f"/proc/{process.pid}/task").iterdir():
             seconds = int((task / "schedstat").read_text().split()[0]) / 1e9
-            if node is None or node.kind == "controller":
-                yield "besides", seconds
-            else:
+            if node is not None and node.kind != "controller":
                 trains = node.kind == "learner" and node.bundle is None and not _moves(task, process.pid)
                 yield "trainer" if trains else node.bundle or node.kind, seconds
 
@@ -169,39 +179,11 @@ def _moves(task: Path, pid: int) -> bool:
     return task.name == str(pid) or (task / "comm").read_text().startswith("ZMQ")
 
 
-def _between(plan: Plan, first: Reading, last: Reading, others: float) -> Trial:
+def _between(plan: Plan, first: Reading, last: Reading) -> Trial:
     seconds, steps = last.at - first.at, last.env_steps - first.env_steps
     if steps <= 0:
         raise UsageError(f"a trial run of {plan.name} took no env steps within {seconds:.0f} s")
     cpu = {kind: max(0.0, total - first.cpu.get(kind, 0.0)) for kind, total in last.cpu.items()}
-    besides = cpu.pop("besides", 0.0) / seconds
-    counts = {name: options.count for name, options in plan.groups.items()}
-    return Trial(counts, steps / seconds, {kind: total / steps for kind, total in cpu.items()}, besides, others)
-
-
-class Company(threading.Thread):
-    """Counts the threads of other programs that run or wait for a core, now and then, while a process lives."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self._pid = pid
-        self._counts: list[int] = []
-        self.over = threading.Event()
-
-    def run(self) -> None:
-        while not self.over.wait(0.1):
-            with contextlib.suppress(psutil.Error, OSError):
-                mine = sum(_runs(task) for pid in _tree(self._pid) for task in Path(f"/proc/{pid.pid}/task").iterdir())
-                (line,) = (line for line in Path("/proc/stat").read_text().splitlines() if "procs_running" in line)
-                self._counts.append(int(line.split()[1]) - mine - 1)  # but for this one
-
-    def mean(self) -> float:
-        """Of counts that are not quite of one moment, so that single ones may be below 0."""
-        return max(0.0, round(sum(self._counts) / max(1, len(self._counts)), 1))
-
-
-def _runs(task: Path) -> bool:
-    try:
-        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
-    except OSError:
-        return False
+    besides = max(0.0, last.all - first.all - sum(cpu.values())) / seconds
+    idle = (last.idle - first.idle) / seconds / len(_learners(plan))
+    return Trial(steps / seconds, {kind: total / steps for kind, total in cpu.items()}, besides, min(1.0, idle))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ddrl_bus.algos import algorithm
-from ddrl_bus.planning.costs import Costs
+from ddrl_bus.planning.costs import Costs, Strain
 from ddrl_bus.planning.places import Place, Setting, placed, stepped
 from ddrl_bus.planning.simulate import (
     Activity,
@@ -27,6 +27,7 @@ from ddrl_bus.planning.simulate import (
     Wire,
 )
 from ddrl_bus.topology.plan import Plan
+from ddrl_bus.transport.links.latest import SHARE_FROM
 
 NOISE: Final = 0.1
 """Every piece of work takes up to so much more or less: what is exactly alike would march in step."""
@@ -38,6 +39,7 @@ Ask = Callable[[Place, int, Resume], None]
 class Machine:
     cpu: Cpu
     wire: Wire
+    strain: Strain
 
 
 class World:
@@ -55,7 +57,7 @@ class World:
         self._of: dict[str, list[Place]] = defaultdict(list)
         for node in self.nodes:
             self._of[node.kind].append(node)
-        self.machines = {host: self._machine() for host in dict.fromkeys(node.host for node in self.nodes)}
+        self.machines = {host: self._machine(host) for host in dict.fromkeys(node.host for node in self.nodes)}
         self.threads: dict[str, Thread] = {}
         """By process."""
         self.trainers: dict[str, Thread] = {}
@@ -97,13 +99,11 @@ class World:
         self._pace = {node.name: Wire(self.sim, bandwidth=rate or math.inf) for node in learners}
         self._audiences: dict[str, tuple[float, dict[str, int]]] = {}
 
-    def _machine(self) -> Machine:
-        speeds = list(self.costs.speeds)
-        if cores := self.setting.cores:
-            each = speeds[-1] / len(speeds)
-            speeds = [speeds[k] if k < len(speeds) else each * (k + 1) for k in range(cores)]
-        others = self.setting.others + self.costs.besides
-        return Machine(Cpu(self.sim, speeds, others), Wire(self.sim, self.setting.latency, self.setting.bandwidth))
+    def _machine(self, host: str) -> Machine:
+        cores = self.setting.cores or self.costs.cores
+        strain = self.costs.strain(len({node.process for node in self.nodes if node.host == host}) / cores)
+        cpu = Cpu(self.sim, cores, self.setting.others, strain.besides)
+        return Machine(cpu, Wire(self.sim, self.setting.latency, self.setting.bandwidth), strain)
 
     # ---- who
 
@@ -145,12 +145,13 @@ class World:
     def trained(self, node: Place, seconds: float) -> Activity:
         """So much work on a learner's network, which its event loop keeps from Python's lock meanwhile."""
         trainer, thread = self.trainer(node), self.thread(node)
-        before = thread.busy
+        before = thread.done
         yield trainer.work(self.noisy(seconds))
-        yield trainer.stall(self.costs.locked * (thread.busy - before))
+        yield trainer.stall(self.machines[node.host].strain.locked * (thread.done - before))
 
     def _thread(self, node: Place, kind: str) -> Thread:
-        thread = Thread(self.sim, self.machines[node.host].cpu, self.costs.levels.get(kind, 1.0))
+        machine = self.machines[node.host]
+        thread = Thread(self.sim, machine.cpu, machine.strain.levels.get(kind, 1.0))
         self.kinds[kind].append(thread)
         return thread
 
@@ -165,12 +166,12 @@ class World:
 
     def carry(self, link: str, a: Place, b: Place) -> Carry:
         """The way from a to b, on which bytes are counted."""
-        near, wire = a.host == b.host, self.machines[a.host].wire
+        near, wire, hop = a.host == b.host, self.machines[a.host].wire, self.machines[a.host].strain.hop
 
         def carried(size: float, arrived: Resume, value: Any) -> None:
             self.bytes[link] += size
             if near:
-                self.sim.at(self.sim.now + self.costs.hop, arrived, value)
+                self.sim.at(self.sim.now + hop, arrived, value)
             else:
                 wire.send(size, arrived, value)
 
@@ -197,7 +198,7 @@ class World:
         return QueueOut(self.sim, ways, link.window, link.rate)
 
     def _back(self, a: Place, b: Place) -> float:
-        return self.costs.hop if a.host == b.host else self.setting.latency
+        return self.machines[a.host].strain.hop if a.host == b.host else self.setting.latency
 
     # ---- weights
 
@@ -217,8 +218,9 @@ class World:
         self._published[node.name] = version
         for host, number in listeners.items():
             if host == node.host:
-                self.bytes["weights"] += self.size("weights") * number
-                self.sim.at(self.sim.now + self.costs.hop, self.weights(node, host).heard, version)
+                shared = self.size("weights") >= SHARE_FROM
+                self.bytes["weights"] += 0.0 if shared else self.size("weights") * number
+                self.sim.at(self.sim.now + self.machines[host].strain.hop, self.weights(node, host).heard, version)
             elif (node.name, host) not in self._under_way:
                 self._ship(node, host, number)
 

@@ -23,4 +23,4 @@ SIZES = {
     "node": 4e7,
     "learner": 2e8,
 }
-COSTS = Costs(POINTS, LINKS, SIZES, [1.0, 2.0], {"2": (MS, 2 * MS)}, {}, 0.0, 0.0, 0.0, "made up", "never", 0.0)
+COSTS = Costs(POINTS, LINKS, SIZES, 2, {"2": (MS, 2 * MS)}, (), 1.0, "made up", "never", 0.0)
