@@ -383,8 +383,8 @@ class Node(ABC):
                     await self.run()
                 for task in beside:
                     task.cancel()
-        except* Exception as errors:
-            raise _first(errors) from None
+        except ExceptionGroup as group:
+            raise _first(group) from None
         if self.state != "draining":  # its share of the run was over by itself, or before it began
             self.enter("draining")
 
@@ -483,6 +483,6 @@ async def _inline(work: Callable[..., T], args: tuple[Any, ...]) -> T:
     return work(*args)
 
 
-def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error

@@ -20,6 +20,8 @@ import pytest
 from cables import ADDRESSES, MISSING, Cable, ddrl_keys, running
 from runs import CALM, ENVIRON, FOREVER, SMALL, Run, command, eventually
 
+from ddrl_bus.transport import wire
+
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 NO_SSH = MISSING or ("" if Path(SSHD).exists() and shutil.which("ssh") else "needs sshd and ssh")
 PORT = 2222
@@ -75,7 +77,8 @@ def test_a_host_of_another_protocol_is_refused_and_both_are_named(cable: Cable, 
         other = subprocess.run(argv, env=ENVIRON, capture_output=True, text=True, timeout=100, check=False)
         assert learner.process.poll() is None
     assert other.returncode == 64, other.stderr
-    assert "protocol 2.0 here, we speak 9.0; install the same ddrl_bus on both hosts" in other.stderr
+    ours = ".".join(map(str, wire.PROTOCOL))
+    assert f"protocol {ours} here, we speak 9.0; install the same ddrl_bus on both hosts" in other.stderr
 
 
 def test_by_keys_a_host_joins_and_asks_and_stops_nobody(cable: Cable, tmp_path: Path, keys: dict[str, Path]) -> None:

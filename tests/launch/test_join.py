@@ -39,6 +39,9 @@ from ddrl_bus.versions import versions
 
 HOSTS = ["hosts={gpu0: 127.0.0.1, cpu1: 127.0.0.1:7177, idle: 127.0.0.1:7277}", "nodes.actor.host=cpu1"]
 CPU1 = Join(versions(), host="cpu1")
+OURS = ".".join(map(str, wire.PROTOCOL))
+OTHER = wire.PROTOCOL[0] + 1, 0
+"""Of the protocol."""
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +225,13 @@ async def test_another_major_of_the_protocol_is_refused_and_both_are_named(
 
     def handle(request: Request) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(wire, "PROTOCOL", (3, 0))
+            patch.setattr(wire, "PROTOCOL", OTHER)
             answer(plan)(request)
 
     async with head(handle, port) as address:
-        with pytest.raises(VersionError, match=r"127.0.0.1:\d+: .*protocol 3\.0 here, we speak 2\.0; install the same"):
+        with pytest.raises(
+            VersionError, match=rf"127.0.0.1:\d+: .*protocol {OTHER[0]}\.0 here, we speak {OURS}; install the same"
+        ):
             await join(address, CPU1, said.append)
     assert VersionError.exit_code == 64
 
@@ -243,7 +248,7 @@ async def test_a_server_tells_a_client_of_another_major(port: int) -> None:
             await dealer.send(bytes(frame))
             async with asyncio.timeout(10):
                 told = wire.decode(await dealer.recv())
-    assert told.fields["error"].endswith("protocol 7.0 here, we speak 2.0")
+    assert told.fields["error"].endswith(f"protocol 7.0 here, we speak {OURS}")
 
 
 @pytest.mark.parametrize("text", ["tcp://10.0.0.1:7077", "10.0.0.1:7077", "10.0.0.1", "tcp://10.0.0.1"])
