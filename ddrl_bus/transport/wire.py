@@ -253,10 +253,11 @@ class Arena:
         self, node: str, epoch: int, seq: int, fields: Mapping[str, Any], lane: int = 0, *, compress: bool = False
     ) -> memoryview:
         """The frame, read-only. Copies nothing unless the header outgrew its room, or `compress` makes it smaller."""
-        return self._encoded(node, (epoch, seq, lane, time_ns()), _pack(fields), compress)
+        header = _header_of(self.layout, node, fields)
+        return self._encoded(header, (epoch, seq, lane, time_ns()), compress)
 
-    def _encoded(self, node: str, numbers: _Numbers, fields: bytes, compress: bool = False) -> memoryview:
-        layout, text = self.layout, _head(self.layout, node, numbers, (fields,))
+    def _encoded(self, header: bytes, numbers: _Numbers, compress: bool = False) -> memoryview:
+        layout, text = self.layout, _head(self.layout, header, numbers)
         head = len(text)
         if head > self._room:
             self._outgrown(head)
@@ -265,7 +266,7 @@ class Arena:
         if compress:
             block: bytes = lz4.block.compress(frame[head:], store_size=False)
             if len(block) < layout.size:
-                return memoryview(_head(layout, node, numbers, (fields,), _LZ4) + block)
+                return memoryview(_head(layout, header, numbers, _LZ4) + block)
         frame[:head] = text
         return frame.toreadonly()
 
@@ -285,18 +286,20 @@ def _layout_of(kind: str, arrays: Mapping[str, Array]) -> Layout:
     return _layout(kind, tuple([(name, array.dtype, array.shape) for name, array in arrays.items()]))
 
 
-@lru_cache(maxsize=256)
-def _title(kind: str, node: str, specs: bytes) -> bytes:
-    """The beginning of a header, which a producer's frames have in common."""
-    title: bytes = _pack(kind) + _pack(node) + _pack(specs)
-    return b"\x94" + title
+def _header_of(layout: Layout, node: str, fields: Mapping[str, Any]) -> bytes:
+    header: bytes = _pack((layout.kind, node, layout.packed_specs, (fields,)))
+    return header
 
 
-def _head(layout: Layout, node: str, numbers: _Numbers, fields: Sequence[bytes], codec: int = _PLAIN) -> bytes:
-    """All of a frame that stands before its arenas."""
+def _run_header(layout: Layout, node: str, fields: Sequence[bytes]) -> bytes:
+    """Of messages whose fields are packed already."""
     count = len(fields)
     many = bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
-    header = b"".join((_title(layout.kind, node, layout.packed_specs), many, *fields))
+    return b"".join((b"\x94", _pack(layout.kind), _pack(node), _pack(layout.packed_specs), many, *fields))
+
+
+def _head(layout: Layout, header: bytes, numbers: _Numbers, codec: int = _PLAIN) -> bytes:
+    """All of a frame that stands before its arenas."""
     head = _round_up(_PREFIX_BYTES + len(header))
     if head > MAX_HEADER:
         raise WireError("oversized", f"{layout.kind}: header of {head} bytes, at most {MAX_HEADER} travel")
@@ -335,10 +338,10 @@ def encode_run(
         fields: of each message, `packed`.
         sent_at: ns, by the wall clock.
     """
-    numbers = epoch, seq, lane, sent_at
+    header, numbers = _run_header(layout, node, fields), (epoch, seq, lane, sent_at)
     if len(arenas) == 1:
-        return arenas[0]._encoded(node, numbers, fields[0])
-    return b"".join((_head(layout, node, numbers, fields), *[arena._buffer[arena._room :] for arena in arenas]))
+        return arenas[0]._encoded(header, numbers)
+    return b"".join((_head(layout, header, numbers), *[arena._buffer[arena._room :] for arena in arenas]))
 
 
 def _packed_specs(placed: Sequence[_Placed]) -> bytes:
@@ -359,9 +362,8 @@ def encode(
     """A frame from values at hand; arrays are copied. `sent_at`: ns, by the wall clock; None: now."""
     arrays = arrays or {}
     layout = _layout_of(kind, arrays)
-    parts: list[Buffer] = [
-        _head(layout, node, (epoch, seq, lane, time_ns() if sent_at is None else sent_at), (_pack(fields),))
-    ]
+    numbers = epoch, seq, lane, time_ns() if sent_at is None else sent_at
+    parts: list[Buffer] = [_head(layout, _header_of(layout, node, fields), numbers)]
     for p, gap, array in zip(layout.placed, layout.gaps, arrays.values(), strict=True):
         small = p.nbytes <= SMALL_FRAME and array.dtype is p.dtype  # copied twice sooner than viewed
         parts += array.tobytes() if small else np.ascontiguousarray(array, p.dtype).data, gap

@@ -24,29 +24,32 @@ ERROR_KIND: Final = "_error"
 MAX_OPEN_REQUESTS: Final = 1024
 
 
-@dataclass(slots=True)
 class _Toll:
-    """What an end's messages cost: in ns of both ways together, and bytes that came in."""
+    """What an end's messages cost: in ns of both ways together, and bytes that came in.
 
-    encode_ns: Counter
-    decode_ns: Counter
-    wire_ns: Counter
-    bytes_in: Counter
+    The ledger hears of it ten times a second: to tell it of each message would cost as much as packing one.
+    """
 
-    @classmethod
-    def of(cls, counter: Callable[[str], Counter]) -> _Toll:
-        return cls(*map(counter, cls.__slots__))
+    def __init__(self, counter: Callable[[str], Counter]) -> None:
+        self._counters = [counter(name) for name in ("encode_ns", "decode_ns", "wire_ns", "bytes_in")]
+        self._encode_ns = self._decode_ns = self._wire_ns = self._bytes_in = 0
 
     def encoded(self, began: int) -> None:
-        self.encode_ns.add(perf_counter_ns() - began)
+        self._encode_ns += perf_counter_ns() - began
 
     def decoded(self, frame: Buffer) -> Message:
         began, arrived = perf_counter_ns(), time_ns()
         message = wire.decode(frame)
-        self.bytes_in.add(message.nbytes)
-        self.wire_ns.add(max(0, arrived - message.sent_at))
-        self.decode_ns.add(perf_counter_ns() - began)
+        self._bytes_in += message.nbytes
+        self._wire_ns += max(0, arrived - message.sent_at)
+        self._decode_ns += perf_counter_ns() - began
         return message
+
+    def settle(self) -> None:
+        spent = self._encode_ns, self._decode_ns, self._wire_ns, self._bytes_in
+        self._encode_ns = self._decode_ns = self._wire_ns = self._bytes_in = 0
+        for counter, more in zip(self._counters, spent, strict=True):
+            counter.add(more)
 
 
 class Client(End):
@@ -57,7 +60,7 @@ class Client(End):
         self._core: RequestClient[memoryview] = RequestClient()
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._messages = self._counter("messages_out")
-        self._toll = _Toll.of(self._counter)
+        self._toll = _Toll(self._counter)
         self._address = address
         self._socket = self._open(backend, SocketKind.DEALER, self._on_answer, connect=[address])
 
@@ -124,6 +127,7 @@ class Client(End):
             future.set_result(message)
 
     def _poll(self, now: float) -> None:
+        self._toll.settle()
         for number in [number for number, future in self._waiting.items() if future.done()]:  # cancelled
             self._core.abandon(number)
             del self._waiting[number]
@@ -143,6 +147,8 @@ class Client(End):
                 future.set_exception(error)
 
     def close(self) -> None:
+        if not self._closed:
+            self._toll.settle()
         super().close()
         self._fail(LinkClosedError(f"{self.link}: this end of {self._node} closed"))
 
@@ -176,7 +182,7 @@ class Server(End):
         self._core: RequestServer[memoryview] = RequestServer()
         self._box: deque[Request] = deque()
         self._handle: Callable[[Request], None] | None = None
-        self._messages, self._toll = self._counter("messages_in"), _Toll.of(self._counter)
+        self._messages, self._toll = self._counter("messages_in"), _Toll(self._counter)
         self._socket = self._open(backend, SocketKind.ROUTER, self._on_request, bind=binds)
 
     async def recv(self) -> Request:
@@ -270,3 +276,11 @@ class Server(End):
         if not self._socket.send(peer, frame):
             self._counter("unsent_answers").add()
         self._core.answer(request.node, request.epoch, request.seq, frame)
+
+    def _poll(self, now: float) -> None:
+        self._toll.settle()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._toll.settle()
+        super().close()
