@@ -25,14 +25,14 @@ MAX_OPEN_REQUESTS: Final = 1024
 
 
 class _Toll:
-    """What an end's messages cost: in ns of both ways together, and bytes that came in.
+    """What an end's messages cost, in ns of both ways together.
 
     The ledger hears of it ten times a second: to tell it of each message would cost as much as packing one.
     """
 
     def __init__(self, counter: Callable[[str], Counter]) -> None:
-        self._counters = [counter(name) for name in ("encode_ns", "decode_ns", "wire_ns", "bytes_in")]
-        self._encode_ns = self._decode_ns = self._wire_ns = self._bytes_in = 0
+        self._counters = [counter(name) for name in ("encode_ns", "decode_ns", "wire_ns")]
+        self._encode_ns = self._decode_ns = self._wire_ns = 0
 
     def encoded(self, began: int) -> None:
         self._encode_ns += perf_counter_ns() - began
@@ -40,14 +40,13 @@ class _Toll:
     def decoded(self, frame: Buffer) -> Message:
         began, arrived = perf_counter_ns(), time_ns()
         message = wire.decode(frame)
-        self._bytes_in += message.nbytes
         self._wire_ns += max(0, arrived - message.sent_at)
         self._decode_ns += perf_counter_ns() - began
         return message
 
     def settle(self) -> None:
-        spent = self._encode_ns, self._decode_ns, self._wire_ns, self._bytes_in
-        self._encode_ns = self._decode_ns = self._wire_ns = self._bytes_in = 0
+        spent = self._encode_ns, self._decode_ns, self._wire_ns
+        self._encode_ns = self._decode_ns = self._wire_ns = 0
         for counter, more in zip(self._counters, spent, strict=True):
             counter.add(more)
 
@@ -59,7 +58,7 @@ class Client(End):
         super().__init__(host, link)
         self._core: RequestClient[memoryview] = RequestClient()
         self._waiting: dict[int, asyncio.Future[Message]] = {}
-        self._messages = self._counter("messages_out")
+        self._messages, self._bytes = self._counter("messages_out"), self._counter("bytes_in")
         self._toll = _Toll(self._counter)
         self._address = address
         self._socket = self._open(backend, SocketKind.DEALER, self._on_answer, connect=[address])
@@ -120,7 +119,9 @@ class Client(End):
         future = self._waiting.pop(message.seq, None)
         if not self._core.answered(message.seq, self._loop.time()) or future is None or future.done():
             self._counter("late").add()
-        elif message.kind == ERROR_KIND:
+            return
+        self._bytes.add(message.nbytes)
+        if message.kind == ERROR_KIND:
             refusal = FencedError if message.fields.get("fenced") is True else RemoteError
             future.set_exception(refusal(f"{self.link}: {message.node}: {message.fields.get('error')}"))
         else:
@@ -182,7 +183,8 @@ class Server(End):
         self._core: RequestServer[memoryview] = RequestServer()
         self._box: deque[Request] = deque()
         self._handle: Callable[[Request], None] | None = None
-        self._messages, self._toll = self._counter("messages_in"), _Toll(self._counter)
+        self._messages, self._bytes = self._counter("messages_in"), self._counter("bytes_in")
+        self._toll = _Toll(self._counter)
         self._socket = self._open(backend, SocketKind.ROUTER, self._on_request, bind=binds)
 
     async def recv(self) -> Request:
@@ -237,6 +239,7 @@ class Server(End):
             case "new":
                 self._arrived(Request(message, self, bytes(parts[0]), self._socket.speakers))
                 self._messages.add()
+                self._bytes.add(message.nbytes)
             case (frame,):
                 self._counter("repeated").add()
                 self._socket.send(parts[0], frame)
