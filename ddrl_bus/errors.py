@@ -107,3 +107,10 @@ class FencedError(DdrlError):
 
 class SecurityError(DdrlError):
     exit_code = 77
+
+
+def first(error: BaseException) -> BaseException:
+    """What a group of exceptions, of groups perhaps, began with."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

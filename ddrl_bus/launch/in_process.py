@@ -10,11 +10,11 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddrl_bus.errors import RemoteError, UnreachableError
+from ddrl_bus.errors import RemoteError, UnreachableError, first
 from ddrl_bus.launch import logs, remote, run_dir
 from ddrl_bus.launch.display import Display
 from ddrl_bus.launch.local import SIGNALS, STATUS_S
-from ddrl_bus.launch.node import first, serve_all
+from ddrl_bus.launch.node import serve_all
 from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
 

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from ddrl_bus.errors import DdrlError
+from ddrl_bus.errors import DdrlError, first
 from ddrl_bus.launch import files, logs, loop, malloc, run_dir
 from ddrl_bus.topology import Plan
 from ddrl_bus.transport.memory import MemoryHub
@@ -80,13 +80,6 @@ async def serve_all(
                 tasks.create_task(node, name=name)
     except BaseExceptionGroup as group:
         raise first(group) from None
-
-
-def first(error: BaseException) -> BaseException:
-    """What a group of exceptions, of groups perhaps, began with."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _serve(plan: Plan, names: Sequence[str], folder: Path, *, supervised: bool) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from ddrl_bus import __version__, algos
 from ddrl_bus.algos.base import Algorithm, Windows
 from ddrl_bus.algos.spaces import Spaces
-from ddrl_bus.errors import RemoteError, UnreachableError, UsageError
+from ddrl_bus.errors import RemoteError, UnreachableError, UsageError, first
 from ddrl_bus.experience import Unrolls, UnrollSchema
 from ddrl_bus.messages import Control, Evaluation, NodeState, Progress, Replica, parse
 from ddrl_bus.metrics import shares
@@ -384,7 +384,7 @@ class Node(ABC):
                 for task in beside:
                     task.cancel()
         except ExceptionGroup as group:
-            raise _first(group) from None
+            raise first(group) from None
         if self.state != "draining":  # its share of the run was over by itself, or before it began
             self.enter("draining")
 
@@ -481,8 +481,3 @@ async def serve(
 async def _inline(work: Callable[..., T], args: tuple[Any, ...]) -> T:
     await asyncio.sleep(0)
     return work(*args)
-
-
-def _first(group: ExceptionGroup[Exception]) -> Exception:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, ExceptionGroup) else error
